@@ -1,0 +1,39 @@
+"""Generate cats and dogs: a diffusers-style pipeline around a linear-attention transformer denoiser."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+# Public names by module, imported on first use: `import pet_pipeline` alone does not load PyTorch.
+_MODULES = {
+    "PetTransformer2DModel": "transformer_pet",
+    "AdaptiveEDMScheduler": "scheduling_adaptive_edm",
+    "BalancedAdaptiveLoss": "losses",
+    "PetDiffusionPipeline": "pipeline_pet_diffusion",
+    "guidance_weight": "pipeline_pet_diffusion",
+}
+__all__ = [
+    "AdaptiveEDMScheduler",
+    "BalancedAdaptiveLoss",
+    "PetDiffusionPipeline",
+    "PetTransformer2DModel",
+    "guidance_weight",
+]
+
+if TYPE_CHECKING:
+    from .losses import BalancedAdaptiveLoss
+    from .pipeline_pet_diffusion import PetDiffusionPipeline, guidance_weight
+    from .scheduling_adaptive_edm import AdaptiveEDMScheduler
+    from .transformer_pet import PetTransformer2DModel
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,202 @@
+"""Labelled images through `datasets`: chosen classes, decoded once, held in memory as uint8."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional
+
+
+@dataclass
+class ImageDataset(torch.utils.data.Dataset):
+    """Images and labels in memory, fetched a batch at a time.
+
+    A `DataLoader` over it needs `collate_fn=ImageDataset.collate`: a batch is one indexing operation, which
+    keeps the data path far above the speed of any training.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, 3, resolution, resolution)`, uint8): the pixels.
+        labels (`torch.Tensor` of shape `(N,)`, int64): index of each image's class in `class_names`.
+        class_names (`list[str]`): names of the classes.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    class_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        indices = torch.as_tensor(indices)
+        return self.images[indices], self.labels[indices]
+
+    @staticmethod
+    def collate(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Passes on what `__getitems__` returned, which is a batch already."""
+        return batch
+
+    def subset(self, indices: torch.Tensor) -> "ImageDataset":
+        """Returns the images at `indices`, of the same classes."""
+        return ImageDataset(self.images[indices], self.labels[indices], self.class_names)
+
+
+def load_image_dataset(
+    dataset_name: str,
+    classes: list[str] | None = None,
+    resolution: int = 32,
+    split: str = "train",
+    dataset_config_name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    cache_dir: str | None = None,
+    max_samples: int | None = None,
+) -> ImageDataset:
+    """Loads the images of some classes of a labelled data set.
+
+    Args:
+        dataset_name (`str`): Hub id, or a local folder that `datasets.load_dataset` reads (Parquet files or
+            an image folder with one subfolder per class).
+        classes (`list[str]`, *optional*): names of the wanted classes; all of them when `None`. Their order
+            gives the label ids.
+        resolution (`int`, defaults to 32): images are converted to RGB, resized and cropped at the centre to
+            this size.
+        split (`str`, defaults to `"train"`): the split to read.
+        dataset_config_name (`str`, *optional*): configuration of the data set.
+        image_column (`str`, *optional*), label_column (`str`, *optional*): found by their feature types when
+            `None`.
+        cache_dir (`str`, *optional*): where `datasets` keeps its cache.
+        max_samples (`int`, *optional*): keep at most this many images, the same share of each class.
+
+    Returns:
+        [`ImageDataset`]
+
+    Raises:
+        ValueError: if the data set cannot be loaded, a column or class is missing, or a class has no image.
+    """
+    if Path(dataset_name).is_dir():
+        dataset_name = str(Path(dataset_name).resolve())
+    try:
+        dataset = datasets.load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
+    except Exception as error:  # `datasets` raises many kinds, some of them only documented by their message
+        raise ValueError(
+            f"The data set {dataset_name!r} (split {split!r}) cannot be loaded: {error}"
+        ) from error
+
+    image_column = find_column(dataset, image_column, datasets.Image, "image_column")
+    label_column = find_column(dataset, label_column, datasets.ClassLabel, "label_column")
+    names = dataset.features[label_column].names
+    classes = list(classes) if classes else names
+    unknown = [name for name in classes if name not in names]
+    if unknown:
+        raise ValueError(
+            f"The data set has no class {', '.join(map(repr, unknown))}; it has {', '.join(names)}."
+        )
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"Each class may be named once, but `classes` is {', '.join(classes)}.")
+
+    labels = np.array(dataset[label_column])
+    rows_of_class = [np.flatnonzero(labels == names.index(name)) for name in classes]
+    empty = [name for name, rows in zip(classes, rows_of_class) if len(rows) == 0]
+    if empty:
+        raise ValueError(f"The split {split!r} has no image of class {', '.join(map(repr, empty))}.")
+    if max_samples is not None:
+        per_class = max(1, max_samples // len(classes))
+        rows_of_class = [rows[:per_class] for rows in rows_of_class]
+    rows = np.concatenate(rows_of_class)
+    order = np.argsort(rows)  # in the data set's own order, which is the fast one to read
+    class_ids = np.repeat(np.arange(len(classes)), [len(r) for r in rows_of_class])[order]
+    images = torch.empty(len(rows), 3, resolution, resolution, dtype=torch.uint8)
+    for index, row in enumerate(dataset.select_columns([image_column]).select(rows[order])):
+        images[index] = image_to_tensor(row[image_column], resolution)
+    return ImageDataset(images, torch.from_numpy(class_ids), classes)
+
+
+def find_column(dataset: datasets.Dataset, column: str | None, feature_type: type, argument: str) -> str:
+    """Returns the name of the data set's column of a feature type, or checks the given one.
+
+    Raises:
+        ValueError: if there is none, or several and none is named.
+    """
+    found = [name for name, feature in dataset.features.items() if isinstance(feature, feature_type)]
+    if column is not None:
+        if column not in dataset.features:
+            raise ValueError(
+                f"The data set has no column {column!r} (`{argument}`); its columns are "
+                f"{', '.join(dataset.column_names)}."
+            )
+        if column not in found:
+            raise ValueError(
+                f"The column {column!r} (`{argument}`) has to be of the type {feature_type.__name__}, but is "
+                f"{dataset.features[column]}."
+            )
+        return column
+    if not found:
+        raise ValueError(
+            f"The data set has no column of the type {feature_type.__name__}; its columns are "
+            f"{', '.join(dataset.column_names)}."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"The data set has several columns {', '.join(found)}; choose one with `{argument}`."
+        )
+    return found[0]
+
+
+def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
+    """Returns an image upright, in RGB, resized and cropped at the centre, as uint8 `(3, height, width)`."""
+    tensor = functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+    tensor = functional.resize(tensor, [resolution], functional.InterpolationMode.BICUBIC, antialias=True)
+    return functional.center_crop(tensor, [resolution])
+
+
+def stratified_split(
+    dataset: ImageDataset, validation_fraction: float = 0.1, seed: int = 0
+) -> tuple[ImageDataset, ImageDataset]:
+    """Splits a data set into training and validation parts with the same share of each class.
+
+    Args:
+        dataset ([`ImageDataset`]): what to split.
+        validation_fraction (`float`, defaults to 0.1): of each class, rounded, at least one image.
+        seed (`int`, defaults to 0): of the draw.
+
+    Raises:
+        ValueError: if a class has fewer than two images, or the fraction is not in (0, 1).
+    """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"`validation_fraction` has to be between 0 and 1, but is {validation_fraction}.")
+    generator = torch.Generator().manual_seed(seed)
+    train, validation = [], []
+    for class_id, name in enumerate(dataset.class_names):
+        rows = (dataset.labels == class_id).nonzero().flatten()
+        if len(rows) < 2:
+            raise ValueError(
+                f"The class {name!r} has {len(rows)} image; training and validation need one each."
+            )
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        num_validation = min(len(rows) - 1, max(1, round(validation_fraction * len(rows))))
+        validation.append(rows[:num_validation])
+        train.append(rows[num_validation:])
+
+    def shuffled(parts: list[torch.Tensor]) -> ImageDataset:
+        rows = torch.cat(parts)
+        return dataset.subset(rows[torch.randperm(len(rows), generator=generator)])
+
+    return shuffled(train), shuffled(validation)
+
+
+def to_model_range(images: torch.Tensor) -> torch.Tensor:
+    """Returns uint8 images as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def random_horizontal_flip(images: torch.Tensor, probability: float = 0.5) -> torch.Tensor:
+    """Mirrors each image of a `(batch, channels, height, width)` tensor with the given probability."""
+    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
+    return torch.where(flip, images.flip(-1), images)

@@ -1,0 +1,223 @@
+"""BalancedAdaptiveLoss: five measures of a denoising error, weighted by each sample's own noise level.
+
+The preconditioned regression is that of Karras et al. (2022), the learned weighting over noise levels that of
+Karras et al. (2024), "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2, equation 21).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.utils import BaseOutput
+from torch import nn
+
+
+TERMS = ("mse", "l1", "cosine", "high_frequency", "edge")
+
+# Weights of the terms. In `balanced` all but the first fade out towards high noise. `original` follows a rule
+# of its own (see `original_weights`).
+PRESETS: dict[str, dict[str, float]] = {
+    "balanced": {"mse": 0.5, "l1": 0.15, "cosine": 0.1, "high_frequency": 0.1, "edge": 0.15},
+    "mse": {"mse": 1.0, "l1": 0.0, "cosine": 0.0, "high_frequency": 0.0, "edge": 0.0},
+    "original": {},
+}
+
+
+@dataclass
+class BalancedAdaptiveLossOutput(BaseOutput):
+    """What [`BalancedAdaptiveLoss`] returns.
+
+    Args:
+        loss (`torch.Tensor`, scalar): the objective, to call `backward` on.
+        sample_losses (`torch.Tensor` of shape `(batch,)`): each sample's loss with the learned weight,
+            without the importance weight and detached: what [`AdaptiveEDMScheduler.update_training_losses`]
+            takes.
+        terms (`dict[str, torch.Tensor]`): the mean of each term before any weight, detached, for the log.
+    """
+
+    loss: torch.Tensor
+    sample_losses: torch.Tensor | None = None
+    terms: dict[str, torch.Tensor] | None = None
+
+
+class BalancedAdaptiveLoss(nn.Module):
+    r"""MSE, L1, cosine, high-frequency and edge terms in the unit-variance space of the network's output.
+
+    With $u = F - F^*$, $g(\sigma) = \sigma_d^2 / (\sigma^2 + \sigma_d^2)$ and
+    $\rho(u) = \sqrt{u^2 + \delta^2} - \delta$, the loss of one sample is
+
+    $L = [w_{mse} \overline{u^2} + g (w_{l1} \overline{\rho(u)} + w_{cos} (1 - \cos(F, F^*))
+    + w_{hf} \overline{(\Delta u)^2} / 20 + w_{edge} \overline{(S_x u)^2 + (S_y u)^2} / 24)]
+    / [w_{mse} + g (w_{l1} + w_{cos} + w_{hf} + w_{edge})]$,
+
+    where Δ is the 4-neighbour Laplacian and S are Sobel filters; 20 and 24 are their energies, so that on
+    white noise every quadratic term equals the first. Quadratic forms are minimal at the posterior mean
+    E[y|x], which sampling needs. The L1 and cosine terms are not: the gate g leaves them only low noise,
+    where the output is scaled by a small c_out and their bias is harmless.
+
+    The objective is the mean of $L e^{-s(\sigma)} + s(\sigma)$ with a learned s, which balances noise levels
+    against each other (Karras et al. 2024, equation 21).
+
+    Args:
+        preset (`str`, defaults to `"balanced"`): `"balanced"`; `"mse"`, the first term alone; or
+            `"original"`, the weights of the script this project grew from, on images instead of network
+            outputs.
+        sigma_data (`float`, defaults to 0.5): standard deviation of the data.
+        learned_weighting (`bool`, defaults to `True`): learn s(σ); otherwise it is 0.
+        delta (`float`, defaults to 0.1): where the L1 term turns quadratic.
+
+    Raises:
+        ValueError: if there is no such preset.
+    """
+
+    def __init__(
+        self,
+        preset: str = "balanced",
+        sigma_data: float = 0.5,
+        learned_weighting: bool = True,
+        delta: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if preset not in PRESETS:
+            raise ValueError(f"There is no loss preset {preset!r}; choose one of {', '.join(PRESETS)}.")
+        self.preset = preset
+        self.sigma_data = sigma_data
+        self.delta = delta
+        self.log_weight = nn.Linear(128, 1) if learned_weighting else None
+        if learned_weighting:
+            nn.init.zeros_(self.log_weight.weight)
+            nn.init.zeros_(self.log_weight.bias)
+
+    def forward(
+        self,
+        model_output: torch.Tensor,
+        target: torch.Tensor,
+        sigmas: torch.Tensor,
+        denoised: torch.Tensor,
+        original_samples: torch.Tensor,
+        weights: torch.Tensor | None = None,
+    ) -> BalancedAdaptiveLossOutput:
+        """Computes the objective of a batch.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch, channels, height, width)`): the network's output F.
+            target (`torch.Tensor` of the same shape): F*, see [`AdaptiveEDMScheduler.training_target`].
+            sigmas (`torch.Tensor` of shape `(batch,)`): noise levels σ.
+            denoised (`torch.Tensor` of the same shape as `model_output`): D, used by the preset `"original"`.
+            original_samples (`torch.Tensor` of the same shape): images y in [-1, 1], used by the preset
+                `"original"`.
+            weights (`torch.Tensor` of shape `(batch,)`, *optional*): importance weights of the samples.
+
+        Returns:
+            [`BalancedAdaptiveLossOutput`]
+        """
+        if self.preset == "original":
+            terms = original_terms(denoised.float(), original_samples.float())
+            term_weights = original_weights(sigmas)
+        else:
+            terms = output_terms(model_output.float(), target.float(), self.delta)
+            gate = self.sigma_data**2 / (sigmas**2 + self.sigma_data**2)
+            term_weights = {
+                name: weight * (torch.ones_like(gate) if name == "mse" else gate)
+                for name, weight in PRESETS[self.preset].items()
+            }
+        total_weight = sum(term_weights.values())
+        losses = sum(term_weights[name] * terms[name] for name in TERMS) / total_weight  # (N,)
+
+        log_weight = self._log_weight(sigmas)
+        weighted = losses * (-log_weight).exp()
+        objective = weighted + log_weight
+        loss = (objective if weights is None else objective * weights).mean()
+        return BalancedAdaptiveLossOutput(
+            loss=loss,
+            sample_losses=weighted.detach(),
+            terms={name: term.detach().mean() for name, term in terms.items()},
+        )
+
+    def _log_weight(self, sigmas: torch.Tensor) -> torch.Tensor:
+        """Returns s(σ) of shape `(batch,)`, linear in Fourier features of c_noise."""
+        if self.log_weight is None:
+            return torch.zeros_like(sigmas)
+        features = get_timestep_embedding(
+            sigmas.log() / 4, 128, downscale_freq_shift=0, scale=10.0, max_period=100
+        )
+        with torch.autocast(sigmas.device.type, enabled=False):
+            return self.log_weight(features).squeeze(-1)
+
+
+def output_terms(model_output: torch.Tensor, target: torch.Tensor, delta: float) -> dict[str, torch.Tensor]:
+    """The five terms in the space of the network's output, each of shape `(batch,)`."""
+    error = model_output - target
+    laplacian, sobel_x, sobel_y = image_derivatives(error)
+    return {
+        "mse": error.square().mean((1, 2, 3)),
+        "l1": ((error.square() + delta**2).sqrt() - delta).mean((1, 2, 3)),
+        "cosine": 1 - cosine_similarity(model_output, target),
+        "high_frequency": laplacian.square().mean((1, 2, 3)) / 20,
+        "edge": (sobel_x.square() + sobel_y.square()).mean((1, 2, 3)) / 24,
+    }
+
+
+def original_terms(denoised: torch.Tensor, original_samples: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The five terms of the original script, on images in [-1, 1], each of shape `(batch,)`."""
+    laplacian, sobel_x, sobel_y = image_derivatives(denoised)
+    laplacian_target, sobel_x_target, sobel_y_target = image_derivatives(original_samples)
+    error = denoised - original_samples
+    # The small constants keep the square root's gradient finite on flat images.
+    magnitude = (sobel_x.square() + sobel_y.square() + 1e-6).sqrt()
+    magnitude_target = (sobel_x_target.square() + sobel_y_target.square() + 1e-6).sqrt()
+    return {
+        "mse": error.square().mean((1, 2, 3)),
+        "l1": error.abs().mean((1, 2, 3)),
+        "cosine": 1 - cosine_similarity(denoised, original_samples),
+        "high_frequency": (laplacian - laplacian_target).abs().mean((1, 2, 3)),
+        "edge": (magnitude - magnitude_target).abs().mean((1, 2, 3)),
+    }
+
+
+def cosine_similarity(a: torch.Tensor, b: torch.Tensor, floor: float = 0.1) -> torch.Tensor:
+    """Cosine of the angle between images, `(batch,)`; a root mean square under `floor` counts as `floor`.
+
+    The floor, taken before the root, keeps the gradient finite at zero, where the network's output starts.
+    """
+    norm_a, norm_b = (x.square().mean((1, 2, 3)).clamp(min=floor**2).sqrt() for x in (a, b))
+    return (a * b).mean((1, 2, 3)) / (norm_a * norm_b)
+
+
+def original_weights(sigmas: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The original script's weights for each sample's noise level (its levels end at 1), `(batch,)` each."""
+    progress = 1 - sigmas.clamp(max=1)
+    late = torch.sigmoid(10 * (progress - 0.5))
+    return {
+        "mse": 0.3 - 0.1 * late,
+        "l1": 0.25 + 0.05 * late,
+        "cosine": 0.2 - 0.05 * late,
+        "high_frequency": 0.12 + 0.08 * late,
+        "edge": 0.13 + 0.07 * late,
+    }
+
+
+def image_derivatives(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Filters each channel with the 4-neighbour Laplacian and both Sobel kernels, edges reflected.
+
+    Args:
+        images (`torch.Tensor` of shape `(batch, channels, height, width)`).
+
+    Returns:
+        `tuple` of three `torch.Tensor` of the same shape: Laplacian, horizontal and vertical Sobel
+        derivative.
+    """
+    kernels = images.new_tensor(
+        [
+            [[0, 1, 0], [1, -4, 1], [0, 1, 0]],
+            [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]],
+            [[-1, -2, -1], [0, 0, 0], [1, 2, 1]],
+        ]
+    ).unsqueeze(1)  # (3, 1, 3, 3)
+    batch, channels, height, width = images.shape
+    padded = F.pad(images.reshape(batch * channels, 1, height, width), (1, 1, 1, 1), mode="reflect")
+    with torch.autocast(images.device.type, enabled=False):
+        filtered = F.conv2d(padded, kernels).unflatten(0, (batch, channels))  # (N, C, 3, H, W)
+    laplacian, sobel_x, sobel_y = filtered.unbind(2)
+    return laplacian, sobel_x, sobel_y

@@ -1,0 +1,499 @@
+"""AdaptiveEDMScheduler: the noise-level mathematics of EDM, for sampling and for training.
+
+Sampling follows Karras et al. (2022), "Elucidating the Design Space of Diffusion-Based Generative Models"
+(EDM), and Lu et al. (2022), "DPM-Solver++". Training draws noise levels by importance sampling, adapted to
+the observed losses (motivated by Kingma and Gao 2023, "Understanding Diffusion Objectives as the ELBO with
+Simple Data Augmentation").
+
+This file travels inside every saved checkpoint: it imports PyTorch, diffusers and the standard library only.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+@dataclass
+class AdaptiveEDMSchedulerOutput(BaseOutput):
+    """What [`AdaptiveEDMScheduler.step`] returns.
+
+    Args:
+        prev_sample (`torch.Tensor` of shape `(batch, channels, height, width)`): the sample at the next noise
+            level.
+        pred_original_sample (`torch.Tensor` of the same shape): the denoised image D(x; σ) this step was
+            taken with.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+@dataclass
+class TrainingSigmas(BaseOutput):
+    """What [`AdaptiveEDMScheduler.sample_training_sigmas`] returns.
+
+    Args:
+        sigmas (`torch.Tensor` of shape `(batch,)`): noise levels σ.
+        weights (`torch.Tensor` of shape `(batch,)`): importance weights q(σ)/p(σ); all 1 when the draw is
+            fixed.
+    """
+
+    sigmas: torch.Tensor
+    weights: torch.Tensor | None = None
+
+
+class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
+    r"""EDM preconditioning, three solvers, and adaptive noise levels for training.
+
+    The network $F$ is wrapped as $D(x; \sigma) = c_{skip} x + c_{out} F(c_{in} x; c_{noise})$ (Karras et al.
+    2022, equation 7 and table 1) and called with `timestep` = $c_{noise} = \ln(\sigma) / 4$. Names and values
+    are those of `EDMEulerScheduler` and `EDMDPMSolverMultistepScheduler`, so the three are interchangeable.
+
+    Args:
+        sigma_min (`float`, defaults to 0.002): smallest noise level of the sampling grid.
+        sigma_max (`float`, defaults to 80.0): largest noise level of the sampling grid.
+        sigma_data (`float`, defaults to 0.5): standard deviation of the data, in [-1, 1] pixel units.
+        sigma_schedule (`str`, defaults to `"karras"`): `"karras"` (equation 5) or `"exponential"` (evenly in
+            ln σ).
+        num_train_timesteps (`int`, defaults to 1000): length of the grid before `set_timesteps` is called.
+        prediction_type (`str`, defaults to `"epsilon"`): sign of $c_{out}$: `"epsilon"` (+) or
+            `"v_prediction"` (-).
+        rho (`float`, defaults to 7.0): exponent of the Karras grid.
+        final_sigmas_type (`str`, defaults to `"zero"`): the level after the last step, `"zero"` or
+            `"sigma_min"`.
+        solver (`str`, defaults to `"multistep"`): `"multistep"` (DPM-Solver++(2M), second order at one
+            evaluation a step), `"euler"`, or `"heun"` (EDM's algorithm 1, n steps with 2n - 1 evaluations).
+        s_churn (`float`, defaults to 0.0): EDM's stochasticity, for the solvers `"euler"` and `"heun"`. Each
+            step's level is raised by a factor 1 + min(s_churn / steps, √2 - 1) with fresh noise.
+        s_tmin (`float`, defaults to 0.05), s_tmax (`float`, defaults to 50.0): levels between which churn
+            acts.
+        s_noise (`float`, defaults to 1.0): standard deviation of the churn noise.
+        adaptive (`bool`, defaults to `True`): adapt the training draw to the observed losses.
+        p_mean (`float`, defaults to -0.8), p_std (`float`, defaults to 1.4): mean and standard deviation of
+            ln σ in the training proposal q, truncated to [`sigma_min`, `sigma_max`].
+        num_bins (`int`, defaults to 32): bins of the adaptive draw, of equal probability under q.
+        adaptive_decay (`float`, defaults to 0.99): decay of the bins' running means per reported batch.
+
+    Raises:
+        ValueError: if an argument is out of range; the message names it.
+    """
+
+    # Looked up by name in diffusers by `from_config`.
+    _compatibles = ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        sigma_schedule: Literal["karras", "exponential"] = "karras",
+        num_train_timesteps: int = 1000,
+        prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
+        rho: float = 7.0,
+        final_sigmas_type: Literal["zero", "sigma_min"] = "zero",
+        solver: Literal["multistep", "euler", "heun"] = "multistep",
+        s_churn: float = 0.0,
+        s_tmin: float = 0.05,
+        s_tmax: float = 50.0,
+        s_noise: float = 1.0,
+        adaptive: bool = True,
+        p_mean: float = -0.8,
+        p_std: float = 1.4,
+        num_bins: int = 32,
+        adaptive_decay: float = 0.99,
+    ) -> None:
+        if not 0 < sigma_min < sigma_max < math.inf:
+            raise ValueError(
+                f"0 < `sigma_min` < `sigma_max` has to hold, but they are {sigma_min} and {sigma_max}."
+            )
+        for name in ("sigma_data", "rho", "p_std"):
+            if not 0 < getattr(self.config, name) < math.inf:
+                raise ValueError(
+                    f"`{name}` has to be positive and finite, but is {getattr(self.config, name)}."
+                )
+        for name, choices in {
+            "sigma_schedule": ("karras", "exponential"),
+            "prediction_type": ("epsilon", "v_prediction"),
+            "final_sigmas_type": ("zero", "sigma_min"),
+            "solver": ("multistep", "euler", "heun"),
+        }.items():
+            if getattr(self.config, name) not in choices:
+                raise ValueError(
+                    f"`{name}` has to be one of {', '.join(choices)}, but is {getattr(self.config, name)!r}."
+                )
+        if s_churn < 0:
+            raise ValueError(f"`s_churn` has to be at least 0, but is {s_churn}.")
+        if s_churn > 0 and solver == "multistep":
+            raise ValueError(
+                "`s_churn` needs the solver 'euler' or 'heun': multistep reuses the previous evaluation."
+            )
+        if num_bins < 1:
+            raise ValueError(f"`num_bins` has to be at least 1, but is {num_bins}.")
+        if not 0 <= adaptive_decay < 1:
+            raise ValueError(f"`adaptive_decay` has to be in [0, 1), but is {adaptive_decay}.")
+
+        # Running sums over reported batches of L² and of the number of samples, per bin of the training
+        # proposal.
+        self._bin_square_sums = torch.zeros(num_bins)
+        self._bin_counts = torch.zeros(num_bins)
+        self.num_inference_steps: int | None = None
+        self._set_grid(self._grid(num_train_timesteps))
+
+    def precondition_inputs(self, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Returns c_in·x, the network's input of unit variance."""
+        return sample / (_like(sigma, sample) ** 2 + self.config.sigma_data**2) ** 0.5
+
+    def precondition_noise(self, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Returns c_noise = ln(σ)/4, the network's `timestep`."""
+        return torch.as_tensor(sigma).log() / 4
+
+    def precondition_outputs(
+        self, sample: torch.Tensor, model_output: torch.Tensor, sigma: float | torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the denoised image D = c_skip·x + c_out·F."""
+        c_skip, c_out = self._output_coefficients(_like(sigma, sample))
+        return c_skip * sample + c_out * model_output
+
+    def training_target(
+        self, original_samples: torch.Tensor, noisy_samples: torch.Tensor, sigma: float | torch.Tensor
+    ) -> torch.Tensor:
+        """Returns F* = (y - c_skip·x)/c_out, the network output that would denoise exactly; of unit variance.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(batch, channels, height, width)`): images y in [-1,
+                1].
+            noisy_samples (`torch.Tensor` of the same shape): x = y + σ·n.
+            sigma (`float` or `torch.Tensor` of shape `(batch,)`): noise levels σ.
+        """
+        c_skip, c_out = self._output_coefficients(_like(sigma, noisy_samples))
+        return (original_samples - c_skip * noisy_samples) / c_out
+
+    def _output_coefficients(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sigma_data = self.config.sigma_data
+        c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+        c_out = sigma * sigma_data / (sigma**2 + sigma_data**2) ** 0.5
+        return c_skip, c_out if self.config.prediction_type == "epsilon" else -c_out
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
+    ) -> torch.Tensor:
+        """Returns x = y + σ·n for any noise level, on the sampling grid or not.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(batch, channels, height, width)`): images y in [-1,
+                1].
+            noise (`torch.Tensor` of the same shape): n ~ N(0, I).
+            timesteps (`float` or `torch.Tensor` of shape `(batch,)`): c_noise = ln(σ)/4.
+        """
+        sigma = (4 * torch.as_tensor(timesteps, dtype=torch.float32)).exp()
+        return original_samples + _like(sigma, original_samples) * noise
+
+    @property
+    def order(self) -> int:
+        """Model evaluations per step: 2 for Heun, else 1."""
+        return 2 if self.config.solver == "heun" else 1
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of an image of the data at the grid's first noise level."""
+        return float((self.sigmas[0] ** 2 + self.config.sigma_data**2) ** 0.5)
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the next evaluation in `timesteps`; `None` before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first evaluation, as set by [`set_begin_index`]."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Sets the index in `timesteps` at which sampling begins (0 for pure noise)."""
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | torch.Tensor | None = None,
+    ) -> None:
+        """Sets the grid of noise levels.
+
+        Args:
+            num_inference_steps (`int`, *optional*): steps; needed unless `sigmas` is given. With the solver
+                `"heun"`, n steps are 2n - 1 evaluations and as many `timesteps`.
+            device (`str` or `torch.device`, *optional*): where `timesteps` is put; `sigmas` stays on the CPU.
+            sigmas (`list[float]` or `torch.Tensor`, *optional*): noise levels, strictly decreasing, used as
+                given. The final level (see `final_sigmas_type`) is appended unless the last one is 0.
+
+        Raises:
+            ValueError: if neither or an unusable one of them is given.
+        """
+        if sigmas is not None:
+            sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").flatten()
+            if len(sigmas) > 1 and sigmas[-1] == 0:
+                sigmas = sigmas[:-1]
+                final_sigma = 0.0
+            else:
+                final_sigma = None
+            if (
+                len(sigmas) == 0
+                or not sigmas.isfinite().all()
+                or (sigmas <= 0).any()
+                or (sigmas.diff() >= 0).any()
+            ):
+                raise ValueError(
+                    f"`sigmas` has to be positive, finite and strictly decreasing, but is {sigmas.tolist()}."
+                )
+        else:
+            if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+                raise ValueError(
+                    f"`num_inference_steps` has to be a positive integer, but is {num_inference_steps!r}."
+                )
+            sigmas, final_sigma = self._grid(num_inference_steps), None
+        self.num_inference_steps = len(sigmas)
+        self._set_grid(sigmas, final_sigma, device)
+
+    def _grid(self, num_steps: int) -> torch.Tensor:
+        """Returns `num_steps` levels from `sigma_max` down to `sigma_min`."""
+        ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
+        sigma_min, sigma_max, rho = self.config.sigma_min, self.config.sigma_max, self.config.rho
+        if self.config.sigma_schedule == "exponential":
+            sigmas = (math.log(sigma_max) + ramp * math.log(sigma_min / sigma_max)).exp()
+        else:
+            sigmas = (
+                sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
+            ) ** rho
+        return sigmas.float()
+
+    def _set_grid(
+        self, sigmas: torch.Tensor, final_sigma: float | None = None, device: str | torch.device | None = None
+    ) -> None:
+        if final_sigma is None:
+            final_sigma = 0.0 if self.config.final_sigmas_type == "zero" else sigmas[-1].item()
+        # Each step's level, raised by churn (Karras et al. 2022, algorithm 2), and the level it leads to.
+        acts = (sigmas >= self.config.s_tmin) & (sigmas <= self.config.s_tmax)
+        gamma = min(self.config.s_churn / len(sigmas), 2**0.5 - 1)
+        raised = torch.where(acts, sigmas * (1 + gamma), sigmas)
+        targets = torch.cat([sigmas[1:], torch.tensor([final_sigma])])
+        if self.config.solver == "heun":
+            # One step evaluates the model at its own level, and again at the level it leads to unless that is
+            # the last.
+            levels = torch.stack([raised, targets], dim=1).flatten()[:-1]
+            targets = targets.repeat_interleave(2)[:-1]
+        else:
+            levels = raised
+        # `sigmas[i]` is the level at which the model is evaluated for `timesteps[i]`; `_targets[i]` where the
+        # step ends.
+        self.sigmas = torch.cat([levels, torch.tensor([final_sigma])])
+        self._targets = targets
+        self.timesteps = self.precondition_noise(levels).to(device=device)
+        self._step_index = None
+        self._begin_index = None
+        self._previous: dict[str, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def index_for_timestep(
+        self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None
+    ) -> int:
+        """Returns the index of the evaluation nearest to `timestep` at which a step begins."""
+        timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        timestep = torch.as_tensor(timestep, device=timesteps.device).flatten()[0]
+        return int((timesteps[:: self.order] - timestep).abs().argmin()) * self.order
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
+        """Returns c_in·x at the level of the next evaluation; called before the model, once per evaluation.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): the current sample.
+            timestep (`float` or `torch.Tensor`): the current entry of `timesteps`.
+        """
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        return self.precondition_inputs(sample, self.sigmas[self._step_index])
+
+    def _init_step_index(self, timestep: float | torch.Tensor) -> None:
+        self._step_index = (
+            self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        )
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> AdaptiveEDMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Takes the sample from the current noise level to the next.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch, channels, height, width)`): the network's raw
+                output F.
+            timestep (`float` or `torch.Tensor`): the current entry of `timesteps`.
+            sample (`torch.Tensor` of the same shape): the current sample.
+            generator (`torch.Generator` or a list of them, *optional*): for churn.
+            return_dict (`bool`, defaults to `True`): return an [`AdaptiveEDMSchedulerOutput`] instead of a
+                tuple.
+
+        Returns:
+            [`AdaptiveEDMSchedulerOutput`] or `tuple`: in the dtype of `sample`; computed in float32 at least.
+        """
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        index = self._step_index
+        dtype = sample.dtype
+        compute_dtype = torch.promote_types(dtype, torch.float32)
+        sample = sample.to(compute_dtype)
+        sigma, target = self.sigmas[index].to(compute_dtype), self._targets[index].to(compute_dtype)
+        denoised = self.precondition_outputs(sample, model_output.to(compute_dtype), sigma)
+
+        if self.config.solver == "multistep":
+            prev_sample = self._multistep(sample, denoised, sigma, target)
+        elif self.config.solver == "heun" and index % 2 == 1 and self._previous:
+            # Corrector: from where the step began, along the mean of both slopes (Karras et al. 2022,
+            # algorithm 1).
+            slope = (self._previous["slope"] + (sample - denoised) / sigma) / 2
+            prev_sample = self._previous["sample"] + (target - self._previous["sigma"]) * slope
+            self._previous = {}
+        else:
+            slope = (sample - denoised) / sigma
+            prev_sample = sample + (target - sigma) * slope
+            if self.config.solver == "heun":
+                self._previous = {"sample": sample, "slope": slope, "sigma": sigma}
+
+        raised = self.sigmas[index + 1].to(compute_dtype)
+        if raised > target:  # churn: the next evaluation is at a raised level, reached with fresh noise
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=compute_dtype)
+            prev_sample = prev_sample + (raised**2 - target**2).sqrt() * self.config.s_noise * noise
+
+        self._step_index += 1
+        prev_sample, denoised = prev_sample.to(dtype), denoised.to(dtype)
+        if not return_dict:
+            return (prev_sample, denoised)
+        return AdaptiveEDMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=denoised)
+
+    def _multistep(
+        self, sample: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        """DPM-Solver++(2M) in λ = -ln σ (Lu et al. 2022, algorithm 2); first order at the ends of the
+        grid."""
+        extrapolated = denoised
+        if self._previous and target > 0:
+            step, previous_step = (sigma / target).log(), (self._previous["sigma"] / sigma).log()
+            extrapolated = denoised + step / (2 * previous_step) * (denoised - self._previous["denoised"])
+        self._previous = {"denoised": denoised, "sigma": sigma}
+        return target / sigma * sample + (1 - target / sigma) * extrapolated
+
+    def sample_training_sigmas(
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        device: str | torch.device | None = None,
+    ) -> TrainingSigmas:
+        r"""Draws noise levels for a training batch, stratified.
+
+        The proposal q is log-normal, truncated to [`sigma_min`, `sigma_max`] and cut into bins of equal
+        probability. With `adaptive`, bin b is drawn with $p_b \propto (1 + \sqrt{E_b[L^2]} / Z) / 2$, Z the
+        mean of the roots: half of it q, half the proposal that minimises the variance of the
+        importance-sampled mean of L. Weighting each loss by q/p keeps the objective what it is under q.
+
+        Args:
+            batch_size (`int`): how many.
+            generator (`torch.Generator`, *optional*): of the randomness, on `device`.
+            device (`str` or `torch.device`, *optional*): of the results; the CPU by default.
+
+        Returns:
+            [`TrainingSigmas`]: `sigmas` and `weights`, each of shape `(batch_size,)`, float32.
+        """
+        probabilities = self.bin_probabilities.to(device)
+        num_bins = len(probabilities)
+        jitter = torch.rand(batch_size, generator=generator, device=device)
+        strata = (torch.arange(batch_size, device=device) + jitter) / batch_size  # u ~ U(0, 1), stratified
+        edges = probabilities.cumsum(0)
+        bins = torch.searchsorted(edges, strata, right=True).clamp(max=num_bins - 1)
+        inside = ((strata - (edges - probabilities)[bins]) / probabilities[bins]).clamp(0, 1)
+        quantiles = (bins + inside).double() / num_bins
+        low, high = self._proposal_range()
+        log_sigmas = self.config.p_mean + self.config.p_std * torch.special.ndtri(
+            low + (high - low) * quantiles
+        )
+        # Clamped against rounding at the ends of the range, where the inverse normal is steep.
+        sigmas = log_sigmas.exp().float().clamp(self.config.sigma_min, self.config.sigma_max)
+        return TrainingSigmas(sigmas=sigmas, weights=1 / (num_bins * probabilities[bins]))
+
+    def update_training_losses(self, sigmas: torch.Tensor, losses: torch.Tensor) -> None:
+        """Reports losses back, for the next draws to adapt to. With several processes, gather both first.
+
+        Args:
+            sigmas (`torch.Tensor` of shape `(batch,)`): noise levels of the samples.
+            losses (`torch.Tensor` of shape `(batch,)`): their losses as they enter the objective, importance
+                weights aside. Non-finite ones are left out.
+        """
+        losses, sigmas = losses.detach().float(), sigmas.detach()
+        finite = losses.isfinite()
+        low, high = self._proposal_range()
+        z_scores = (sigmas[finite].double().log() - self.config.p_mean) / self.config.p_std
+        quantiles = (torch.special.ndtr(z_scores) - low) / (high - low)
+        num_bins = self.config.num_bins
+        bins = (quantiles * num_bins).long().clamp(0, num_bins - 1)
+        squares = losses[finite] ** 2
+        decay = self.config.adaptive_decay
+        self._bin_square_sums = (decay * self._bin_square_sums.to(squares)).index_add(0, bins, squares)
+        self._bin_counts = (decay * self._bin_counts.to(squares)).index_add(0, bins, torch.ones_like(squares))
+
+    @property
+    def bin_probabilities(self) -> torch.Tensor:
+        """Probability of each bin in the next training draw, of shape `(num_bins,)`; sums to 1."""
+        num_bins = self.config.num_bins
+        observed = self._bin_counts > 0
+        if not self.config.adaptive or not (self._bin_square_sums > 0).any():
+            return torch.full((num_bins,), 1 / num_bins)
+        roots = (self._bin_square_sums / self._bin_counts.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+        roots = torch.where(observed, roots, roots[observed].mean())
+        return (1 / num_bins + roots / roots.sum()) / 2
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Returns the state of the adaptive draw, to be kept in a training checkpoint."""
+        return {"bin_square_sums": self._bin_square_sums.cpu(), "bin_counts": self._bin_counts.cpu()}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Restores what [`state_dict`] returned.
+
+        Raises:
+            ValueError: if the state is of another number of bins.
+        """
+        expected = (self.config.num_bins,)
+        for name in ("bin_square_sums", "bin_counts"):
+            if tuple(state_dict[name].shape) != expected:
+                raise ValueError(
+                    f"The state's `{name}` is of shape {tuple(state_dict[name].shape)}, but this scheduler "
+                    f"has `num_bins`={self.config.num_bins}."
+                )
+        self._bin_square_sums = state_dict["bin_square_sums"].clone()
+        self._bin_counts = state_dict["bin_counts"].clone()
+
+    def _proposal_range(self) -> tuple[float, float]:
+        """Quantiles of `sigma_min` and `sigma_max` in the untruncated log-normal."""
+        low, high = (
+            math.erfc((self.config.p_mean - math.log(sigma)) / self.config.p_std / 2**0.5) / 2
+            for sigma in (self.config.sigma_min, self.config.sigma_max)
+        )
+        return low, high
+
+
+def _like(sigma: float | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """Puts noise levels on the device of `sample`, shaped to broadcast over its last three axes."""
+    dtype = torch.promote_types(sample.dtype, torch.float32)
+    sigma = torch.as_tensor(sigma, dtype=dtype, device=sample.device)
+    return sigma.reshape(-1, *[1] * (sample.ndim - 1)) if sigma.ndim else sigma

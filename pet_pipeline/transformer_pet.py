@@ -1,0 +1,526 @@
+"""PetTransformer2DModel: a class-conditional linear-attention transformer that denoises small images.
+
+Patch embedding and fixed 2D sinusoidal positions feed a stack of blocks, each a linear attention
+(Katharopoulos et al. 2020) and a gated feed-forward with a depth-wise convolution (Shi 2023, "TransNeXt"),
+both modulated by the noise level and the class through adaLN-zero (Peebles and Xie 2022, "DiT"). The output
+is the sum of a direct linear path from the tokens to the pixels and of a convolutional decoder that refines
+it at patch resolution.
+
+This file travels inside every saved checkpoint: it imports PyTorch, diffusers and the standard library only.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.embeddings import (
+    PatchEmbed,
+    TimestepEmbedding,
+    get_2d_sincos_pos_embed,
+    get_timestep_embedding,
+)
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import RMSNorm
+from torch import nn
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {
+        "patch_size": 4,
+        "num_layers": 8,
+        "num_attention_heads": 3,
+        "attention_head_dim": 64,
+        "decoder_channels": 32,
+        "decoder_layers": 1,
+    },
+    "base": {
+        "patch_size": 2,
+        "num_layers": 10,
+        "num_attention_heads": 6,
+        "attention_head_dim": 64,
+        "decoder_channels": 64,
+        "decoder_layers": 2,
+    },
+}
+
+
+class PetAttention(nn.Module):
+    r"""Multi-head attention over a grid of tokens, linear in their number.
+
+    Per head, with $\phi$ = ReLU on RMS-normalised queries and keys (Katharopoulos et al. 2020, equation 5):
+    $o_i = \phi(q_i)^T \sum_j \phi(k_j) v_j^T \, / \, \phi(q_i)^T \sum_j \phi(k_j)$. A 3×3 depth-wise
+    convolution of the values is added to the output: it restores the locality that linear attention lacks
+    (Han et al. 2023, "FLatten Transformer"). The sums are kept in float32.
+
+    Args:
+        dim (`int`): channels of the tokens.
+        num_attention_heads (`int`): heads.
+        attention_head_dim (`int`): channels of each head.
+        attention_type (`str`): `"linear"`, or `"softmax"` for scaled dot-product attention in the same block.
+        dropout (`float`): dropout on the output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        attention_type: str,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        inner_dim = num_attention_heads * attention_head_dim
+        self.num_attention_heads = num_attention_heads
+        self.attention_type = attention_type
+        self.to_q = nn.Linear(dim, inner_dim, bias=False)
+        self.to_k = nn.Linear(dim, inner_dim, bias=False)
+        self.to_v = nn.Linear(dim, inner_dim, bias=False)
+        self.norm_q = RMSNorm(attention_head_dim, eps=1e-6)
+        self.norm_k = RMSNorm(attention_head_dim, eps=1e-6)
+        self.conv_v = nn.Conv2d(inner_dim, inner_dim, 3, padding=1, groups=inner_dim)
+        self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(dropout)])
+
+    def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Attends over `hidden_states` of shape `(batch, height * width, dim)`; returns the same shape."""
+        value = self.to_v(hidden_states)  # (N, T, H*D)
+        local = tokens_to_grid(value, height, width)
+        local = grid_to_tokens(self.conv_v(local))
+        query, key, value = (
+            x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)  # (N, H, T, D)
+            for x in (self.to_q(hidden_states), self.to_k(hidden_states), value)
+        )
+        query, key = self.norm_q(query), self.norm_k(key)
+        if self.attention_type == "linear":
+            attended = linear_attention(query, key, value)
+        else:
+            attended = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value)
+        attended = attended.transpose(1, 2).flatten(2).to(local.dtype)  # (N, T, H*D)
+        hidden_states = self.to_out[0](attended + local)
+        return self.to_out[1](hidden_states)
+
+
+def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """ReLU linear attention in float32 (Katharopoulos et al. 2020, equation 5), O(T·D²) instead of O(T²·D).
+
+    Args:
+        query, key, value (`torch.Tensor` of shape `(..., tokens, head_dim)`): of any floating dtype.
+
+    Returns:
+        `torch.Tensor` of the shape of `value`, in float32.
+    """
+    # Autocast would send float32 matrix products back to 16 bits, where a sum over many tokens loses its
+    # small terms.
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, value = F.relu(query.float()), F.relu(key.float()), value.float()
+        key = key / key.shape[-2]  # a mean instead of a sum: the same ratio, at any number of tokens in range
+        state = key.transpose(-1, -2) @ value  # (..., D, D)
+        normaliser = query @ key.sum(dim=-2).unsqueeze(-1)  # (..., T, 1)
+        return (query @ state) / (normaliser + 1e-6)
+
+
+class PetFeedForward(nn.Module):
+    """Gated feed-forward whose gate sees its neighbours through a 3×3 depth-wise convolution (Shi 2023,
+    "TransNeXt").
+
+    Against SANA's GLU-MBConv, which convolves both halves, it trained faster per second and per image here.
+
+    Args:
+        dim (`int`): channels of the tokens.
+        inner_dim (`int`): channels of the gated product.
+        dropout (`float`): dropout before the output projection.
+    """
+
+    def __init__(self, dim: int, inner_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(dim, 2 * inner_dim)
+        self.conv = nn.Conv2d(inner_dim, inner_dim, 3, padding=1, groups=inner_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.proj_out = nn.Linear(inner_dim, dim)
+
+    def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Maps `hidden_states` of shape `(batch, height * width, dim)` to the same shape."""
+        hidden_states, gate = self.proj_in(hidden_states).chunk(2, dim=-1)
+        gate = grid_to_tokens(self.conv(tokens_to_grid(gate, height, width)))
+        return self.proj_out(self.dropout(hidden_states * F.silu(gate)))
+
+
+class PetTransformerBlock(nn.Module):
+    """Linear attention, then the gated feed-forward, each modulated and gated by the conditioning
+    (adaLN-zero).
+
+    Args:
+        dim (`int`): channels of the tokens.
+        num_attention_heads (`int`), attention_head_dim (`int`), attention_type (`str`), dropout (`float`):
+            see [`PetTransformer2DModel`].
+        feed_forward_dim (`int`): channels of the gated product in the feed-forward.
+        long_skip (`bool`): whether the block takes the output of an earlier block beside its input.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        attention_type: str,
+        feed_forward_dim: int,
+        dropout: float = 0.0,
+        long_skip: bool = False,
+    ) -> None:
+        super().__init__()
+        self.skip_proj = nn.Linear(2 * dim, dim) if long_skip else None
+        self.modulation = nn.Linear(dim, 6 * dim)
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = PetAttention(dim, num_attention_heads, attention_head_dim, attention_type, dropout)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.ff = PetFeedForward(dim, feed_forward_dim, dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        height: int,
+        width: int,
+        skip_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Maps `(batch, height * width, dim)` to the same shape, given `conditioning` of shape `(batch,
+        dim)`."""
+        if skip_states is not None:
+            hidden_states = self.skip_proj(torch.cat([hidden_states, skip_states], dim=-1))
+        modulation = self.modulation(F.silu(conditioning)).unsqueeze(1)  # (N, 1, 6D)
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
+        attn_input = self.norm1(hidden_states) * (1 + scale_attn) + shift_attn
+        hidden_states = hidden_states + gate_attn * self.attn(attn_input, height, width)
+        ff_input = self.norm2(hidden_states) * (1 + scale_ff) + shift_ff
+        return hidden_states + gate_ff * self.ff(ff_input, height, width)
+
+
+class PetResidualBlock(nn.Module):
+    """Pre-activation residual block of two 3×3 convolutions at constant width (He et al. 2016)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(num_groups(channels), channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(num_groups(channels), channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Maps `(batch, channels, height, width)` to the same shape."""
+        residual = self.conv1(F.silu(self.norm1(hidden_states)))
+        residual = self.conv2(F.silu(self.norm2(residual)))
+        return hidden_states + residual
+
+
+class PetDecoder(nn.Module):
+    """Residual convolutional decoder from tokens to pixels, beside the model's direct linear path.
+
+    It works at half the image's resolution where the patch size is even (full-resolution convolutions cost as
+    much as the whole trunk) and takes, beside the tokens, a skip from the noisy image itself.
+
+    Args:
+        dim (`int`): channels of the tokens.
+        in_channels (`int`): channels of the noisy image.
+        out_channels (`int`): channels of the prediction.
+        patch_size (`int`): pixels per token side.
+        channels (`int`): width of the decoder.
+        num_layers (`int`): residual blocks.
+    """
+
+    def __init__(
+        self, dim: int, in_channels: int, out_channels: int, patch_size: int, channels: int, num_layers: int
+    ) -> None:
+        super().__init__()
+        self.pixel_factor = 2 if patch_size % 2 == 0 else 1
+        self.token_factor = patch_size // self.pixel_factor
+        self.proj_in = nn.Linear(dim, channels * self.token_factor**2)
+        self.conv_skip = nn.Conv2d(in_channels * self.pixel_factor**2, channels, 3, padding=1)
+        self.blocks = nn.ModuleList([PetResidualBlock(channels) for _ in range(num_layers)])
+        self.norm_out = nn.GroupNorm(num_groups(channels), channels)
+        self.conv_out = nn.Conv2d(channels, out_channels * self.pixel_factor**2, 3, padding=1)
+
+    def forward(self, tokens: torch.Tensor, image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Decodes `(batch, height * width, dim)` tokens beside the `(batch, in_channels, H, W)` image to
+        pixels."""
+        hidden_states = tokens_to_grid(self.proj_in(tokens), height, width)
+        hidden_states = F.pixel_shuffle(hidden_states, self.token_factor)
+        hidden_states = hidden_states + self.conv_skip(F.pixel_unshuffle(image, self.pixel_factor))
+        hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))
+        return F.pixel_shuffle(hidden_states, self.pixel_factor)
+
+
+def tokens_to_grid(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """`(N, height * width, C)` to `(N, C, height, width)`, a view with channels last in memory."""
+    return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def grid_to_tokens(grid: torch.Tensor) -> torch.Tensor:
+    """`(N, C, height, width)` to `(N, height * width, C)`."""
+    return grid.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def num_groups(channels: int) -> int:
+    """Groups of at least 8 channels, at most 32 of them, that divide `channels`."""
+    return next(groups for groups in range(min(32, max(1, channels // 8)), 0, -1) if channels % groups == 0)
+
+
+class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    r"""Class-conditional denoiser: the network $F_\theta$ of EDM (Karras et al. 2022, equation 7).
+
+    It is called with the preconditioned image $c_{in}(\sigma) x$ and the noise level $c_{noise} = \ln(\sigma)
+    / 4$, as [`AdaptiveEDMScheduler`], `EDMEulerScheduler` and `EDMDPMSolverMultistepScheduler` supply them.
+    Class `num_classes` is the null class of classifier-free guidance (Ho and Salimans 2022).
+
+    Args:
+        sample_size (`int`, defaults to 32): height and width of the training images in pixels. Other
+            multiples of the patch size can be denoised too: positions are computed, scaled to the training
+            grid.
+        in_channels (`int`, defaults to 3): channels of the noisy image.
+        out_channels (`int`, *optional*): channels of the prediction; `in_channels` when `None`.
+        num_classes (`int`, defaults to 2): classes, the null class not counted.
+        patch_size (`int`, defaults to 4): pixels per token side; has to divide `sample_size`.
+        num_layers (`int`, defaults to 8): transformer blocks.
+        num_attention_heads (`int`, defaults to 3): attention heads.
+        attention_head_dim (`int`, defaults to 64): channels per head; the tokens have heads × head_dim
+            channels.
+        attention_type (`str`, defaults to `"linear"`): `"linear"` or `"softmax"`.
+        feed_forward_ratio (`float`, defaults to 2.5): width of the gated feed-forward over the width of the
+            tokens.
+        long_skips (`bool`, defaults to `False`): concatenate the outputs of the first half of the stack to
+            the inputs of the second (U-ViT, Bao et al. 2023).
+        decoder_channels (`int`, defaults to 32): width of the convolutional decoder.
+        decoder_layers (`int`, defaults to 1): residual blocks of the decoder; 0 leaves only the direct linear
+            path.
+        dropout (`float`, defaults to 0.0): dropout inside the blocks.
+
+    Raises:
+        ValueError: if an argument is out of range; the message names it.
+    """
+
+    _supports_gradient_checkpointing = True
+    _supports_group_offloading = True
+    _no_split_modules = ["PetTransformerBlock", "PetDecoder"]
+    _repeated_blocks = ["PetTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "norm", "class_embedding"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        num_classes: int = 2,
+        patch_size: int = 4,
+        num_layers: int = 8,
+        num_attention_heads: int = 3,
+        attention_head_dim: int = 64,
+        attention_type: str = "linear",
+        feed_forward_ratio: float = 2.5,
+        long_skips: bool = False,
+        decoder_channels: int = 32,
+        decoder_layers: int = 1,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name in (
+            "sample_size",
+            "in_channels",
+            "num_classes",
+            "patch_size",
+            "num_layers",
+            "num_attention_heads",
+            "attention_head_dim",
+            "decoder_channels",
+        ):
+            value = getattr(self.config, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` has to be a positive integer, but is {value!r}.")
+        if out_channels is not None and (not isinstance(out_channels, int) or out_channels < 1):
+            raise ValueError(f"`out_channels` has to be a positive integer or None, but is {out_channels!r}.")
+        if not isinstance(decoder_layers, int) or decoder_layers < 0:
+            raise ValueError(f"`decoder_layers` has to be a non-negative integer, but is {decoder_layers!r}.")
+        if sample_size % patch_size:
+            raise ValueError(
+                f"`patch_size` has to divide `sample_size`, but {patch_size} does not divide {sample_size}."
+            )
+        if attention_type not in ("linear", "softmax"):
+            raise ValueError(f"`attention_type` has to be 'linear' or 'softmax', but is {attention_type!r}.")
+        if not feed_forward_ratio > 0:
+            raise ValueError(f"`feed_forward_ratio` has to be positive, but is {feed_forward_ratio!r}.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"`dropout` has to be in [0, 1), but is {dropout!r}.")
+        inner_dim = num_attention_heads * attention_head_dim
+        if inner_dim % 4:
+            raise ValueError(
+                "`num_attention_heads` × `attention_head_dim` has to be a multiple of 4 for 2D sinusoidal "
+                f"positions, but is {inner_dim}."
+            )
+        self.out_channels = out_channels or in_channels
+        self.gradient_checkpointing = False
+
+        # Positions are added in `forward`: as a buffer they would be rounded by `.to(torch.bfloat16)`, but
+        # not by loading in that precision.
+        self.patch_embed = PatchEmbed(
+            sample_size, sample_size, patch_size, in_channels, embed_dim=inner_dim, pos_embed_type=None
+        )
+        self.time_embedding = TimestepEmbedding(256, inner_dim)
+        self.class_embedding = nn.Embedding(num_classes + 1, inner_dim)
+        self.transformer_blocks = nn.ModuleList(
+            [
+                PetTransformerBlock(
+                    inner_dim,
+                    num_attention_heads,
+                    attention_head_dim,
+                    attention_type,
+                    feed_forward_dim=int(inner_dim * feed_forward_ratio),
+                    dropout=dropout,
+                    # The i-th block from the end takes the output of the i-th block from the start.
+                    long_skip=long_skips and index >= num_layers - num_layers // 2,
+                )
+                for index in range(num_layers)
+            ]
+        )
+        self.norm_out = nn.LayerNorm(inner_dim, elementwise_affine=False, eps=1e-6)
+        self.modulation_out = nn.Linear(inner_dim, 2 * inner_dim)
+        self.proj_out = nn.Linear(inner_dim, patch_size**2 * self.out_channels)
+        self.decoder = (
+            PetDecoder(
+                inner_dim, in_channels, self.out_channels, patch_size, decoder_channels, decoder_layers
+            )
+            if decoder_layers
+            else None
+        )
+        self.initialize_weights()
+
+    @classmethod
+    def from_preset(cls, preset: str, **kwargs: Any) -> "PetTransformer2DModel":
+        """Builds an untrained model of a named size.
+
+        Args:
+            preset (`str`): `"small"` (patch 4, what two CPU cores can train) or `"base"` (patch 2, for a
+                GPU).
+            kwargs: further arguments of [`PetTransformer2DModel`], which override the preset's.
+
+        Raises:
+            ValueError: if there is no such preset.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[preset], **kwargs})
+
+    def initialize_weights(self) -> None:
+        """Initialises every weight: Xavier for matrices, adaLN-zero, and zero for both paths to the
+        pixels."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.normal_(self.class_embedding.weight, std=0.02)
+        for block in self.transformer_blocks:
+            nn.init.zeros_(block.modulation.weight)
+            if block.skip_proj is not None:  # at first the identity on the trunk
+                with torch.no_grad():
+                    block.skip_proj.weight.copy_(torch.eye(*block.skip_proj.weight.shape))
+        nn.init.zeros_(self.modulation_out.weight)
+        nn.init.zeros_(self.proj_out.weight)
+        if self.decoder is not None:
+            nn.init.zeros_(self.decoder.conv_out.weight)
+            nn.init.zeros_(self.decoder.conv_out.bias)
+            for block in self.decoder.blocks:
+                nn.init.zeros_(block.conv2.weight)
+                nn.init.zeros_(block.conv2.bias)
+
+    def position_embedding(
+        self, height: int, width: int, device: str | torch.device | None = None
+    ) -> torch.Tensor:
+        """Returns 2D sinusoidal positions of shape `(height * width, dim)`, scaled to the training grid."""
+        return get_2d_sincos_pos_embed(
+            self.config.num_attention_heads * self.config.attention_head_dim,
+            (height, width),
+            base_size=self.config.sample_size // self.config.patch_size,
+            device=device,
+        ).float()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        r"""Predicts the EDM network output $F_\theta$.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, in_channels, height, width)`): preconditioned
+                noisy images $c_{in} x$; height and width have to be multiples of the patch size.
+            timestep (`torch.Tensor` of shape `(batch,)` or scalar): $c_{noise} = \ln(\sigma) / 4$, best in
+                float32.
+            class_labels (`torch.Tensor` of shape `(batch,)` or scalar, *optional*): integers in
+                [0, num_classes]; `num_classes`, or `None`, is the null class.
+            return_dict (`bool`, defaults to `True`): return a `Transformer2DModelOutput` instead of a tuple.
+
+        Returns:
+            `Transformer2DModelOutput` or `tuple`: `sample` of shape `(batch, out_channels, height, width)`.
+
+        Raises:
+            ValueError: if the image does not have the model's channels or is not a whole number of patches.
+        """
+        batch, channels, image_height, image_width = hidden_states.shape
+        patch_size = self.config.patch_size
+        if channels != self.config.in_channels:
+            raise ValueError(
+                f"`hidden_states` has to have {self.config.in_channels} channels, but has {channels}."
+            )
+        if image_height % patch_size or image_width % patch_size:
+            raise ValueError(
+                f"`hidden_states` has to be a multiple of the patch size {patch_size} high and wide, but is "
+                f"{image_height}×{image_width}."
+            )
+        height, width = image_height // patch_size, image_width // patch_size
+        image = hidden_states
+
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1).expand(batch)
+        # c_noise spans about [-1.6, 1.1]: frequencies from 0.25 to 25 radians per unit resolve it without
+        # aliasing.
+        frequencies = get_timestep_embedding(
+            timestep, 256, downscale_freq_shift=0, scale=25.0, max_period=100
+        )
+        conditioning = self.time_embedding(frequencies.to(self.time_embedding.linear_1.weight.dtype))
+        if class_labels is None:
+            class_labels = torch.full((1,), self.config.num_classes, device=hidden_states.device)
+        class_labels = torch.as_tensor(class_labels, device=hidden_states.device).reshape(-1).expand(batch)
+        conditioning = conditioning + self.class_embedding(class_labels).to(conditioning.dtype)  # (N, D)
+
+        hidden_states = self.patch_embed(hidden_states)  # (N, T, D)
+        positions = self.position_embedding(height, width, hidden_states.device)
+        hidden_states = hidden_states + positions.to(hidden_states.dtype)
+        num_layers = len(self.transformer_blocks)
+        skips: list[torch.Tensor] = []
+        for index, block in enumerate(self.transformer_blocks):
+            skip_states = skips.pop() if block.skip_proj is not None else None
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, conditioning, height, width, skip_states
+                )
+            else:
+                hidden_states = block(hidden_states, conditioning, height, width, skip_states)
+            if self.config.long_skips and index < num_layers // 2:
+                skips.append(hidden_states)
+
+        shift, scale = self.modulation_out(F.silu(conditioning)).unsqueeze(1).chunk(2, dim=-1)
+        hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
+        sample = F.pixel_shuffle(tokens_to_grid(self.proj_out(hidden_states), height, width), patch_size)
+        if self.decoder is not None:
+            sample = sample + self.decoder(hidden_states, image, height, width)
+
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)

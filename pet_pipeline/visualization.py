@@ -1,0 +1,217 @@
+"""Pictures of samples, of how they come to be, and of a training run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .pipeline_pet_diffusion import PetDiffusionPipeline
+
+
+MARGIN = 4
+
+
+def image_grid(
+    rows: list[list[Image.Image]],
+    row_labels: list[str] | None = None,
+    column_labels: list[str] | None = None,
+    scale: int = 2,
+) -> Image.Image:
+    """Lays images out in labelled rows, enlarged without blur.
+
+    Args:
+        rows (`list[list[Image.Image]]`): images of one size.
+        row_labels (`list[str]`, *optional*): written to the left of each row.
+        column_labels (`list[str]`, *optional*): written above each column.
+        scale (`int`, defaults to 2): pixels per pixel.
+    """
+    font = ImageFont.load_default(12)
+    width, height = (side * scale for side in rows[0][0].size)
+    left = MARGIN + max((int(font.getlength(label)) + MARGIN for label in row_labels or []), default=0)
+    top = MARGIN + (16 if column_labels else 0)
+    num_columns = max(len(row) for row in rows)
+    grid = Image.new(
+        "RGB",
+        (left + num_columns * (width + MARGIN), top + len(rows) * (height + MARGIN)),
+        color=(255, 255, 255),
+    )
+    draw = ImageDraw.Draw(grid)
+    for r, row in enumerate(rows):
+        y = top + r * (height + MARGIN)
+        if row_labels:
+            draw.text((MARGIN, y + height / 2), row_labels[r], fill=(0, 0, 0), font=font, anchor="lm")
+        for c, image in enumerate(row):
+            grid.paste(
+                image.convert("RGB").resize((width, height), Image.Resampling.NEAREST),
+                (left + c * (width + MARGIN), y),
+            )
+    for c, label in enumerate(column_labels or []):
+        draw.text(
+            (left + c * (width + MARGIN) + width / 2, MARGIN), label, fill=(0, 0, 0), font=font, anchor="mt"
+        )
+    return grid
+
+
+def image_generators(num_images: int, seed: int = 0) -> list[torch.Generator]:
+    """One generator per image, seeds `seed` upwards, so that each image depends on its own seed alone."""
+    return [torch.Generator().manual_seed(seed + index) for index in range(num_images)]
+
+
+def class_names(pipeline: PetDiffusionPipeline) -> list[str]:
+    """The name of each class of the pipeline, or its id where it has none."""
+    return [
+        pipeline.id2label.get(index, str(index)) for index in range(pipeline.transformer.config.num_classes)
+    ]
+
+
+def sample_grid(
+    pipeline: PetDiffusionPipeline, num_images: int = 8, seed: int = 0, **kwargs: Any
+) -> Image.Image:
+    """Samples `num_images` of every class, a labelled row each; every row starts from the same noise.
+
+    Args:
+        pipeline ([`PetDiffusionPipeline`]): what to sample from.
+        num_images (`int`, defaults to 8): images per class.
+        seed (`int`, defaults to 0): of the first image of each class; the following ones count up.
+        kwargs: passed to the pipeline.
+    """
+    names = class_names(pipeline)
+    images = pipeline(
+        num_images_per_prompt=num_images,
+        generator=[generator for _ in names for generator in image_generators(num_images, seed)],
+        **kwargs,
+    ).images
+    rows = [images[row * num_images : (row + 1) * num_images] for row in range(len(names))]
+    return image_grid(rows, names)
+
+
+def denoising_strip(pipeline: PetDiffusionPipeline, seed: int = 0, **kwargs: Any) -> Image.Image:
+    """One sample of every class at each step: the noisy image over what the model makes of it.
+
+    Noisy images are shown at the contrast of the data. Above each column stands its noise level σ.
+
+    Args:
+        pipeline ([`PetDiffusionPipeline`]): what to sample from.
+        seed (`int`, defaults to 0): of the noise, which all classes start from.
+        kwargs: passed to the pipeline.
+    """
+    names = class_names(pipeline)
+    config = pipeline.transformer.config
+    shape = (1, config.in_channels, config.sample_size, config.sample_size)
+    noise = torch.randn(shape, generator=image_generators(1, seed)[0]).repeat(len(names), 1, 1, 1)
+    noisy = [noise]  # at every step, scaled to unit variance
+    denoised: list[torch.Tensor] = []
+    sigmas: list[float] = []
+    sigma_data = pipeline.scheduler.config.sigma_data
+
+    def keep(
+        pipe: PetDiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
+    ) -> dict:
+        sigma, next_sigma = pipe.scheduler.sigmas[step : step + 2].tolist()
+        sigmas.append(sigma)
+        noisy.append(tensors["latents"].cpu() / (next_sigma**2 + sigma_data**2) ** 0.5)
+        denoised.append(tensors["pred_original_sample"].cpu())
+        return {}
+
+    pipeline(
+        latents=noise,
+        callback_on_step_end=keep,
+        callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
+        **kwargs,
+    )
+    rows = []
+    for index in range(len(names)):
+        for tensors in ([tensor * sigma_data for tensor in noisy[:-1]], denoised):
+            frames = torch.stack([tensor[index] for tensor in tensors])
+            rows.append(pipeline.image_processor.postprocess(frames, output_type="pil"))
+    labels = [label for name in names for label in (f"{name}, noisy", f"{name}, denoised")]
+    return image_grid(rows, labels, [f"{sigma:.2g}" for sigma in sigmas])
+
+
+def step_comparison(
+    pipeline: PetDiffusionPipeline,
+    steps: tuple[int, ...] = (5, 10, 20, 40),
+    num_images: int = 4,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Image.Image:
+    """The same noise denoised with different numbers of steps, a row each; `num_images` of every class.
+
+    Args:
+        pipeline ([`PetDiffusionPipeline`]): what to sample from.
+        steps (`tuple[int, ...]`, defaults to `(5, 10, 20, 40)`): numbers of steps.
+        num_images (`int`, defaults to 4): images per class.
+        seed (`int`, defaults to 0): of the noise.
+        kwargs: passed to the pipeline.
+    """
+    names = class_names(pipeline)
+    rows = []
+    for num_steps in steps:
+        generators = [generator for _ in names for generator in image_generators(num_images, seed)]
+        rows.append(
+            pipeline(
+                num_inference_steps=num_steps,
+                num_images_per_prompt=num_images,
+                generator=generators,
+                **kwargs,
+            ).images
+        )
+    columns = [name for name in names for _ in range(num_images)]
+    return image_grid(rows, [f"{num_steps} steps" for num_steps in steps], columns)
+
+
+def loss_curves(metrics_path: str | Path) -> Image.Image:
+    """Draws the training and validation losses of a run.
+
+    Args:
+        metrics_path (`str` or `Path`): the run's `metrics.jsonl`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in Path(metrics_path).read_text().splitlines()]
+    train = [record for record in records if "train/loss" in record]
+    validation = [record for record in records if "validation/loss" in record]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    terms = [key for key in (train[-1] if train else {}) if key.startswith("train/term_")]
+    for key in terms:
+        values = [record[key] for record in train]
+        left.plot(
+            [record["images"] for record in train],
+            values,
+            linewidth=0.8,
+            label=key.removeprefix("train/term_"),
+        )
+    left.plot(
+        [record["images"] for record in validation],
+        [record["validation/loss"] for record in validation],
+        color="black",
+        marker=".",
+        label="validation (EMA weights)",
+    )
+    left.set(xlabel="images seen", ylabel="loss terms, network output space", yscale="log", title="losses")
+    left.legend(fontsize=8)
+    for record in validation:
+        bands = {
+            float(key.removeprefix("validation/sigma_")): value
+            for key, value in record.items()
+            if key.startswith("validation/sigma_")
+        }
+        last = record is validation[-1]
+        right.plot(
+            list(bands),
+            list(bands.values()),
+            color="black" if last else "0.75",
+            linewidth=1.5 if last else 0.8,
+            label=f"after {record['images']:,} images" if last else None,
+        )
+    right.set(xlabel="σ", ylabel="validation loss", xscale="log", title="validation loss by noise level")
+    if validation:
+        right.legend(fontsize=8)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

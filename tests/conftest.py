@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, PetTransformer2DModel
+
+
+torch.set_num_threads(2)
+
+TINY = {
+    "sample_size": 8,
+    "patch_size": 4,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "decoder_channels": 8,
+    "decoder_layers": 1,
+}
+
+
+def random_model(seed: int = 0, **kwargs) -> PetTransformer2DModel:
+    """A tiny model with random weights everywhere, also where training starts from zero."""
+    torch.manual_seed(seed)
+    model = PetTransformer2DModel(**{**TINY, **kwargs})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def model() -> PetTransformer2DModel:
+    return random_model()
+
+
+@pytest.fixture
+def pipeline(model) -> PetDiffusionPipeline:
+    pipe = PetDiffusionPipeline(model, AdaptiveEDMScheduler(), id2label={0: "cat", 1: "dog"})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """An image folder of 20 greenish birds, 20 reddish cats and 20 bluish dogs, 10×8 pixels."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for channel, name in ((1, "bird"), (0, "cat"), (2, "dog")):
+        (folder / name).mkdir()
+        for index in range(20):
+            pixels = rng.integers(0, 80, (8, 10, 3), dtype=np.uint8)
+            pixels[..., channel] += 160
+            Image.fromarray(pixels).save(folder / name / f"{index:02}.png")
+    return folder

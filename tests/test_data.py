@@ -1,0 +1,120 @@
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from pet_pipeline.data import (
+    ImageDataset,
+    image_to_tensor,
+    load_image_dataset,
+    random_horizontal_flip,
+    stratified_split,
+    to_model_range,
+)
+
+
+def load(image_folder, tmp_path, **kwargs):
+    return load_image_dataset(str(image_folder), cache_dir=str(tmp_path), **{"resolution": 8, **kwargs})
+
+
+def test_classes_by_name_and_in_order(image_folder, tmp_path):
+    dataset = load(image_folder, tmp_path, classes=["dog", "cat"])
+    assert dataset.class_names == ["dog", "cat"] and len(dataset) == 40
+    assert dataset.images.shape == (40, 3, 8, 8) and dataset.images.dtype == torch.uint8
+    means = dataset.images.float().mean((2, 3))
+    assert (means[dataset.labels == 0].argmax(1) == 2).all()  # dogs are blue here
+    assert (means[dataset.labels == 1].argmax(1) == 0).all()  # cats red
+    assert load(image_folder, tmp_path).class_names == ["bird", "cat", "dog"]
+    few = load(image_folder, tmp_path, max_samples=10)
+    assert torch.bincount(few.labels).tolist() == [3, 3, 3]
+
+
+def test_parquet_with_columns_of_other_names(tmp_path):
+    features = datasets.Features(
+        {
+            "photo": datasets.Image(),
+            "kind": datasets.ClassLabel(names=["cat", "dog"]),
+            "author": datasets.Value("string"),
+        }
+    )
+    images = [Image.new("L", (20, 12), color=50 * i) for i in range(4)]
+    rows = {"photo": images, "kind": [0, 1, 0, 1], "author": ["a"] * 4}
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(
+        tmp_path / "data" / "train-00000-of-00001.parquet"
+    )
+    dataset = load(tmp_path / "data", tmp_path)
+    assert dataset.labels.tolist() == [0, 1, 0, 1]
+    assert dataset.images[:, 0, 0, 0].tolist() == [0, 50, 100, 150]
+    with pytest.raises(ValueError, match="no column 'picture' .`image_column`"):
+        load(tmp_path / "data", tmp_path, image_column="picture")
+    with pytest.raises(ValueError, match="'author' .`label_column`. has to be of the type ClassLabel"):
+        load(tmp_path / "data", tmp_path, label_column="author")
+
+
+def test_bad_requests_are_one_clear_error(image_folder, tmp_path):
+    with pytest.raises(ValueError, match="no class 'unicorn'; it has bird, cat, dog"):
+        load(image_folder, tmp_path, classes=["cat", "unicorn"])
+    with pytest.raises(ValueError, match="once"):
+        load(image_folder, tmp_path, classes=["cat", "cat"])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load(tmp_path / "nowhere", tmp_path)
+    unlabelled = tmp_path / "unlabelled"
+    unlabelled.mkdir()
+    Image.new("RGB", (8, 8)).save(unlabelled / "a.png")
+    with pytest.raises(ValueError, match="no column of the type ClassLabel"):
+        load(unlabelled, tmp_path)
+
+
+def test_images_are_upright_and_cropped_at_the_centre():
+    wide = Image.new("RGB", (30, 10), "red")
+    wide.paste("blue", (10, 0, 20, 10))
+    tensor = image_to_tensor(wide, 10)
+    assert (tensor == torch.tensor([0, 0, 255]).view(3, 1, 1)).all()
+    turned = Image.new("RGB", (8, 8), "black")
+    turned.paste("white", (0, 0, 8, 4))
+    turned.getexif()[0x0112] = 6  # to be turned clockwise by 90°
+    assert image_to_tensor(turned, 8)[0, :, 7].min() == 255
+    for mode in ("L", "P", "RGBA", "1"):
+        assert image_to_tensor(Image.new(mode, (9, 9)), 4).shape == (3, 4, 4)
+
+
+def test_split_is_stratified_disjoint_and_seeded():
+    labels = torch.cat([torch.zeros(50), torch.ones(30)]).long()
+    images = torch.arange(80, dtype=torch.uint8).view(80, 1, 1, 1).expand(80, 3, 2, 2)
+    dataset = ImageDataset(images, labels, ["cat", "dog"])
+    train, validation = stratified_split(dataset, 0.1, seed=1)
+    assert torch.bincount(train.labels).tolist() == [45, 27]
+    assert torch.bincount(validation.labels).tolist() == [5, 3]
+    ids = [set(part.images[:, 0, 0, 0].tolist()) for part in (train, validation)]
+    assert ids[0] | ids[1] == set(range(80)) and not ids[0] & ids[1]
+    again = stratified_split(dataset, 0.1, seed=1)[1]
+    other = stratified_split(dataset, 0.1, seed=2)[1]
+    assert torch.equal(again.images, validation.images) and not torch.equal(other.images, validation.images)
+    with pytest.raises(ValueError, match="'dog' has 1 image"):
+        stratified_split(dataset.subset(torch.tensor([0, 1, 60])))
+    with pytest.raises(ValueError, match="validation_fraction"):
+        stratified_split(dataset, 1.5)
+
+
+def test_a_batch_is_one_fetch():
+    dataset = ImageDataset(
+        torch.zeros(10, 3, 2, 2, dtype=torch.uint8), torch.arange(10), [str(i) for i in range(10)]
+    )
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, collate_fn=ImageDataset.collate)
+    batches = list(loader)
+    assert [len(labels) for _, labels in batches] == [4, 4, 2]
+    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(10))
+
+
+def test_flips_are_half_and_mirror():
+    images = torch.arange(8.0).expand(1000, 1, 2, 8)
+    torch.manual_seed(0)
+    flipped = random_horizontal_flip(images)
+    mirrored = (flipped == images.flip(-1)).all(-1).all(-1).all(-1)
+    assert 440 < mirrored.sum() < 560
+    assert torch.equal(flipped[~mirrored], images[~mirrored])
+
+
+def test_model_range():
+    assert to_model_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]

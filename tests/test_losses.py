@@ -1,0 +1,117 @@
+import pytest
+import torch
+
+from pet_pipeline import BalancedAdaptiveLoss
+from pet_pipeline.losses import PRESETS, TERMS, image_derivatives, original_weights
+
+
+def random_batch(size=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    output, target, images, denoised = torch.randn(4, size, 3, 16, 16, generator=generator).unbind(0)
+    return {
+        "model_output": output,
+        "target": target,
+        "sigmas": torch.logspace(-2, 1.5, size),
+        "denoised": denoised,
+        "original_samples": images,
+    }
+
+
+def test_every_quadratic_term_is_one_on_white_noise():
+    batch = random_batch(64)
+    batch["model_output"] = batch["target"] + torch.randn(
+        64, 3, 16, 16, generator=torch.Generator().manual_seed(9)
+    )
+    terms = BalancedAdaptiveLoss()(**batch).terms
+    print({name: round(term.item(), 3) for name, term in terms.items()})
+    assert terms["mse"].item() == pytest.approx(1, abs=0.02)
+    # Reflected borders see some pixels twice.
+    assert terms["high_frequency"].item() == pytest.approx(1, abs=0.06)
+    assert terms["edge"].item() == pytest.approx(1, abs=0.15)
+
+
+def test_derivatives_of_known_images():
+    ramp = torch.arange(8.0).expand(1, 2, 8, 8)
+    laplacian, sobel_x, sobel_y = image_derivatives(ramp)
+    inside = (..., slice(1, -1), slice(1, -1))
+    assert laplacian[inside].abs().max() == 0
+    assert (sobel_x[inside] == 8).all() and sobel_y.abs().max() == 0
+    assert torch.equal(image_derivatives(ramp.transpose(-1, -2))[2], sobel_x.transpose(-1, -2))
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_perfect_prediction_has_no_error_and_gradients_are_finite_at_zero(preset):
+    loss_function = BalancedAdaptiveLoss(preset, learned_weighting=False)
+    batch = random_batch()
+    perfect = {**batch, "model_output": batch["target"], "denoised": batch["original_samples"]}
+    assert loss_function(**perfect).loss.item() == pytest.approx(0, abs=1e-5)
+    # The untrained network's output is zero everywhere.
+    zero = torch.zeros_like(batch["target"], requires_grad=True)
+    loss_function(**{**batch, "model_output": zero, "denoised": 0.5 * zero}).loss.backward()
+    assert zero.grad.isfinite().all() and zero.grad.abs().max() > 0
+    assert zero.grad.abs().max() < 1
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_a_samples_loss_does_not_depend_on_its_batch(preset):
+    loss_function = BalancedAdaptiveLoss(preset)
+    torch.nn.init.normal_(loss_function.log_weight.weight)
+    batch = random_batch()
+    together = loss_function(**batch).sample_losses
+    alone = [loss_function(**{k: v[i : i + 1] for k, v in batch.items()}).sample_losses for i in range(6)]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_mse_is_plain_edm_and_balanced_tends_to_it_at_high_noise():
+    batch = random_batch()
+    expected = (batch["model_output"] - batch["target"]).square().mean((1, 2, 3))
+    mse = BalancedAdaptiveLoss("mse", learned_weighting=False)(**batch)
+    torch.testing.assert_close(mse.sample_losses, expected)
+    torch.testing.assert_close(mse.loss, expected.mean())
+    batch["sigmas"] = torch.full((6,), 80.0)
+    balanced = BalancedAdaptiveLoss("balanced", learned_weighting=False)(**batch)
+    torch.testing.assert_close(balanced.sample_losses, expected, rtol=1e-3, atol=0)
+    batch["sigmas"] = torch.full((6,), 0.01)
+    low = BalancedAdaptiveLoss("balanced", learned_weighting=False)(**batch)
+    assert ((low.sample_losses - expected).abs() > 0.01).all()
+
+
+def test_importance_weights_and_learned_weighting_enter_the_objective():
+    loss_function = BalancedAdaptiveLoss("mse")
+    torch.nn.init.constant_(loss_function.log_weight.bias, 0.7)
+    batch, weights = random_batch(), torch.arange(6.0)
+    result = loss_function(**batch, weights=weights)
+    errors = (batch["model_output"] - batch["target"]).square().mean((1, 2, 3))
+    s = torch.tensor(0.7)
+    torch.testing.assert_close(result.loss, (weights * (errors * (-s).exp() + s)).mean())
+    torch.testing.assert_close(result.sample_losses, errors * (-s).exp())
+    result.loss.backward()
+    assert loss_function.log_weight.weight.grad.abs().max() > 0
+    assert set(result.terms) == set(TERMS)
+
+
+def test_learned_weighting_settles_at_the_log_of_the_loss():
+    loss_function = BalancedAdaptiveLoss("mse")
+    optimizer = torch.optim.Adam(loss_function.parameters(), lr=0.02)
+    batch = random_batch()
+    scale = torch.linspace(0.2, 2, 6).view(-1, 1, 1, 1)
+    batch["model_output"] = batch["target"] + scale * torch.randn_like(batch["target"])
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss_function(**batch).loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(loss_function(**batch).sample_losses, torch.ones(6), rtol=0.02, atol=0.02)
+
+
+def test_original_weights_as_the_original_script_has_them():
+    weights = original_weights(torch.tensor([5.0, 1.0, 0.0]))
+    total = sum(weights.values())
+    assert weights["mse"][0].item() == pytest.approx(0.3, abs=1e-2)
+    assert weights["mse"][2].item() == pytest.approx(0.2, abs=1e-2)
+    assert weights["high_frequency"][2].item() == pytest.approx(0.2, abs=1e-2)
+    torch.testing.assert_close(total, torch.tensor([1.0, 1.0, 1.05]), rtol=0, atol=1e-2)
+
+
+def test_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="balanced, mse, original"):
+        BalancedAdaptiveLoss("perceptual")

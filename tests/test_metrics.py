@@ -1,0 +1,36 @@
+import pytest
+import torch
+from conftest import random_model
+from oracles import GaussianDenoiser
+
+from pet_pipeline import AdaptiveEDMScheduler
+from pet_pipeline.data import ImageDataset
+from pet_pipeline.metrics import VALIDATION_SIGMAS, validation_loss
+
+
+def test_levels_are_even_in_the_logarithm():
+    logs = torch.tensor(VALIDATION_SIGMAS).log()
+    assert (logs[0].item(), logs[-1].item()) == pytest.approx((-4.5, 3.0), abs=1e-5)
+    torch.testing.assert_close(logs.diff(), torch.full((15,), 0.5))
+
+
+def test_validation_loss_does_not_depend_on_the_batch_size():
+    images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
+    dataset = ImageDataset(images, torch.arange(10) % 2, ["cat", "dog"])
+    model, scheduler = random_model(), AdaptiveEDMScheduler()
+    first, second = (validation_loss(model, scheduler, dataset, batch_size=b) for b in (3, 10))
+    assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-4)
+    assert list(first) == list(VALIDATION_SIGMAS)
+
+
+def test_validation_loss_of_a_known_denoiser():
+    # For N(mean, s²) data the posterior variance is s²σ²/(s²+σ²); in output space it is divided by c_out².
+    std = 0.1
+    generator = torch.Generator().manual_seed(0)
+    images = ((0.5 + std * torch.randn(200, 3, 8, 8, generator=generator)) * 127.5 + 127.5).round().byte()
+    dataset = ImageDataset(images, torch.ones(200, dtype=torch.long), ["cat", "dog"])
+    for sigma, error in validation_loss(GaussianDenoiser(std=std), AdaptiveEDMScheduler(), dataset).items():
+        if sigma > 0.05:  # below, the rounding to 8 bits shows
+            c_out_squared = sigma**2 * 0.25 / (sigma**2 + 0.25)
+            expected = std**2 * sigma**2 / (std**2 + sigma**2) / c_out_squared
+            assert error == pytest.approx(expected, rel=0.03)

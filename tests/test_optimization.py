@@ -1,0 +1,69 @@
+import math
+
+import pytest
+import torch
+from conftest import random_model
+
+from pet_pipeline import BalancedAdaptiveLoss
+from pet_pipeline.optimization import MuonAdamW, create_optimizer, learning_rate_factor
+
+
+def test_every_parameter_has_one_optimizer():
+    model, loss = random_model(), BalancedAdaptiveLoss()
+    optimizer = create_optimizer(model, loss)
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(stepped) == len({id(p) for p in stepped})
+    assert {id(p) for p in stepped} == {id(p) for module in (model, loss) for p in module.parameters()}
+    assert all(p.ndim == 2 for p in optimizer.muon.param_groups[0]["params"])
+    with pytest.raises(ValueError, match="muon, adamw"):
+        create_optimizer(model, loss, "sgd")
+
+
+def test_equals_its_two_parts_and_survives_saving():
+    def parameters():
+        generator = torch.Generator().manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 6), (5,))]
+
+    def step(optimizers, matrix, vector, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for p in (matrix, vector):
+            p.grad = torch.randn(p.shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    matrix, vector = parameters()
+    joint = MuonAdamW([matrix], [vector], muon_lr=0.02, adamw_lr=1e-3)
+    expected_matrix, expected_vector = parameters()
+    parts = [
+        torch.optim.Muon([expected_matrix], lr=0.02, weight_decay=0.0),
+        torch.optim.AdamW([expected_vector], lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99)),
+    ]
+    for seed in range(3):
+        for group in [*joint.param_groups, *(g for part in parts for g in part.param_groups)]:
+            group["lr"] *= 0.5
+        step([joint], matrix, vector, seed)
+        step(parts, expected_matrix, expected_vector, seed)
+    assert torch.equal(matrix, expected_matrix) and torch.equal(vector, expected_vector)
+
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in (matrix, vector)]
+    restored = MuonAdamW([copies[0]], [copies[1]])
+    restored.load_state_dict(joint.state_dict())
+    for group in [*joint.param_groups, *restored.param_groups]:
+        group["lr"] *= 0.5
+    step([joint], matrix, vector, 7)
+    step([restored], *copies, 7)
+    assert torch.equal(matrix, copies[0]) and torch.equal(vector, copies[1])
+
+
+def test_learning_rate_factor():
+    for name in ("linear", "cosine", "trapezoid"):
+        assert learning_rate_factor(name, 1.0, 1000, 10) == 0
+        values = [learning_rate_factor(name, i / 100, 1000, 10) for i in range(101)]
+        assert values == sorted(values, reverse=True) and values[0] == 1
+    assert learning_rate_factor("cosine", 0.5, 1000, 0) == pytest.approx(0.5)
+    assert learning_rate_factor("linear", 0.25, 1000, 0) == 0.75
+    assert learning_rate_factor("trapezoid", 0.8, 1000, 0) == pytest.approx(0.5)
+    assert learning_rate_factor("constant", 1.0, 1000, 0) == 1
+    warmup = [learning_rate_factor("constant", 0.0, step, 4) for step in range(6)]
+    assert warmup == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+    assert math.isfinite(learning_rate_factor("cosine", 2.0, 0, 0))

@@ -1,0 +1,233 @@
+import math
+
+import pytest
+import torch
+from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from oracles import GaussianDenoiser
+
+from pet_pipeline import AdaptiveEDMScheduler
+
+
+def sample(scheduler, num_steps, model, x=None, labels=None, generator=None):
+    """The loop of a diffusers pipeline."""
+    scheduler.set_timesteps(num_steps)
+    labels = torch.zeros(1, dtype=torch.long) if labels is None else labels
+    for timestep in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(x, timestep)
+        output = model(model_input, timestep.expand(len(x)), labels).sample
+        x = scheduler.step(output, timestep, x, generator=generator).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sigma_schedule", ["karras", "exponential"])
+@pytest.mark.parametrize(
+    ("solver", "other_class"), [("euler", EDMEulerScheduler), ("multistep", EDMDPMSolverMultistepScheduler)]
+)
+def test_equals_the_edm_schedulers_of_diffusers(solver, other_class, sigma_schedule, prediction_type):
+    config = {"sigma_schedule": sigma_schedule, "prediction_type": prediction_type}
+    ours, other = AdaptiveEDMScheduler(solver=solver, **config), other_class(**config)
+    for num_steps in (8, 20):
+        ours.set_timesteps(num_steps)
+        other.set_timesteps(num_steps)
+        torch.testing.assert_close(ours.sigmas, other.sigmas, rtol=1e-4, atol=0)
+        torch.testing.assert_close(ours.timesteps, other.timesteps, rtol=1e-4, atol=1e-5)
+        generator = torch.Generator().manual_seed(0)
+        x = y = torch.randn(2, 3, 8, 8, generator=generator) * 80
+        for timestep, other_timestep in zip(ours.timesteps, other.timesteps):
+            output = torch.randn(x.shape, generator=generator)
+            inputs = ours.scale_model_input(x, timestep), other.scale_model_input(y, other_timestep)
+            torch.testing.assert_close(*inputs, rtol=1e-3, atol=1e-4)
+            x = ours.step(output, timestep, x).prev_sample
+            y = other.step(output, other_timestep, y).prev_sample
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("other_class", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_from_config_both_ways(other_class):
+    ours = AdaptiveEDMScheduler(sigma_max=50.0, rho=5.0)
+    other = other_class.from_config(ours.config)
+    assert (other.config.sigma_max, other.config.rho) == (50.0, 5.0)
+    back = AdaptiveEDMScheduler.from_config(other.config)
+    assert (back.config.sigma_max, back.config.rho, back.config.solver) == (50.0, 5.0, "multistep")
+    assert {cls.__name__ for cls in ours.compatibles} == {
+        "EDMEulerScheduler",
+        "EDMDPMSolverMultistepScheduler",
+    }
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("multistep", 2), ("heun", 2)])
+def test_solvers_converge_at_their_order(solver, order):
+    model = GaussianDenoiser(std=0.3)
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 10
+    errors = []
+    for num_steps in (20, 40, 80):
+        scheduler = AdaptiveEDMScheduler(
+            solver=solver,
+            sigma_max=10.0,
+            sigma_min=0.05,
+            final_sigmas_type="sigma_min",
+            sigma_schedule="exponential",
+        )
+        exact = model.solve(x, 10.0, 0.05, torch.tensor([0]))
+        errors.append((sample(scheduler, num_steps, model, x) - exact).abs().max().item())
+    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    print(f"{solver}: errors {errors}, orders {slopes}")
+    assert slopes[-1] > order - 0.25
+
+
+def test_heun_evaluates_twice_a_step_but_the_last():
+    scheduler, model = AdaptiveEDMScheduler(solver="heun"), GaussianDenoiser()
+    sample(scheduler, 18, model, torch.randn(1, 3, 8, 8) * 80)
+    assert model.calls == 35 == len(scheduler.timesteps)
+    assert scheduler.order == 2
+
+
+@pytest.mark.parametrize(("solver", "num_steps"), [("euler", 400), ("heun", 60)])
+def test_churn_leaves_the_marginal_right(solver, num_steps):
+    # On data whose standard deviation is 0.3, samples have that deviation with and without churn.
+    model = GaussianDenoiser(std=0.3)
+    for s_churn in (0.0, 40.0):
+        generator = torch.Generator().manual_seed(0)
+        scheduler = AdaptiveEDMScheduler(solver=solver, s_churn=s_churn)
+        scheduler.set_timesteps(num_steps)
+        x = torch.randn(20, 3, 8, 8, generator=generator, dtype=torch.float64) * scheduler.init_noise_sigma
+        x = sample(scheduler, num_steps, model, x, torch.zeros(20, dtype=torch.long), generator)
+        assert abs(x.std().item() - 0.3) < 0.015
+        assert abs(x.mean().item() + 0.5) < 0.03
+    other = torch.Generator().manual_seed(1)
+    start = torch.randn(1, 3, 8, 8)
+    a, b = (sample(scheduler, 10, model, start * 80, generator=g) for g in (None, other))
+    assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_explicit_sigmas_are_used_as_given(as_tensor):
+    levels = [40.0, 7.0, 1.0, 0.1]
+    scheduler = AdaptiveEDMScheduler()
+    scheduler.set_timesteps(sigmas=torch.tensor(levels) if as_tensor else levels)
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([*levels, 0.0]))
+    torch.testing.assert_close((4 * scheduler.timesteps).exp(), torch.tensor(levels))
+    assert scheduler.num_inference_steps == 4
+    assert scheduler.init_noise_sigma == pytest.approx(math.hypot(40, 0.5))
+    scheduler.set_timesteps(sigmas=[*levels, 0.0])
+    assert len(scheduler.timesteps) == 4
+    for bad in ([1.0, 2.0], [1.0, 1.0], [], [2.0, -1.0], [float("nan")], [float("inf"), 1.0]):
+        with pytest.raises(ValueError, match="`sigmas`"):
+            scheduler.set_timesteps(sigmas=bad)
+
+
+def test_bad_arguments_are_refused():
+    for config in (
+        {"sigma_min": 0.0},
+        {"sigma_min": 2.0, "sigma_max": 1.0},
+        {"sigma_data": -1.0},
+        {"solver": "magic"},
+        {"prediction_type": "sample"},
+        {"s_churn": 1.0},  # with the multistep solver
+        {"s_churn": -1.0, "solver": "euler"},
+        {"num_bins": 0},
+    ):
+        with pytest.raises(ValueError, match=f"`({'|'.join(config)})`"):
+            AdaptiveEDMScheduler(**config)
+    for steps in (0, -3, None, 2.5):
+        with pytest.raises(ValueError, match="`num_inference_steps`"):
+            AdaptiveEDMScheduler().set_timesteps(steps)
+
+
+def test_preconditioning_has_unit_variance_and_inverts():
+    scheduler = AdaptiveEDMScheduler(sigma_data=0.5)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(400, 3, 8, 8, generator=generator) * 0.5
+    for sigma in (0.002, 0.1, 0.5, 3.0, 80.0):
+        sigmas = torch.full((400,), sigma)
+        noise = torch.randn(images.shape, generator=generator)
+        noisy = scheduler.add_noise(images, noise, scheduler.precondition_noise(sigmas))
+        torch.testing.assert_close(noisy, images + sigma * noise, rtol=1e-4, atol=1e-4)
+        target = scheduler.training_target(images, noisy, sigmas)
+        assert scheduler.precondition_inputs(noisy, sigmas).std().item() == pytest.approx(1, abs=0.01)
+        assert target.std().item() == pytest.approx(1, abs=0.01)
+        tolerance = 1e-4 * max(1, sigma)
+        torch.testing.assert_close(
+            scheduler.precondition_outputs(noisy, target, sigmas), images, rtol=0, atol=tolerance
+        )
+
+
+def test_a_timestep_off_the_grid_takes_the_nearest_step():
+    scheduler = AdaptiveEDMScheduler(solver="heun")
+    scheduler.set_timesteps(10)
+    scheduler.scale_model_input(torch.randn(1, 3, 8, 8), scheduler.timesteps[4] + 1e-3)
+    assert scheduler.step_index == 4
+    assert scheduler.index_for_timestep(100.0) == 0
+
+
+def test_fixed_draw_follows_the_truncated_log_normal():
+    scheduler = AdaptiveEDMScheduler(adaptive=False, p_mean=-1.2, p_std=1.2)
+    draw = scheduler.sample_training_sigmas(100_000, torch.Generator().manual_seed(0))
+    logs = draw.sigmas.log()
+    assert logs.mean().item() == pytest.approx(-1.2, abs=0.01)
+    assert logs.std().item() == pytest.approx(1.2, abs=0.01)
+    assert torch.equal(draw.weights, torch.ones(100_000))
+    assert draw.sigmas.min() >= 0.002 and draw.sigmas.max() <= 80
+
+
+def adapted_scheduler(loss, adaptive=True):
+    scheduler = AdaptiveEDMScheduler(adaptive=adaptive)
+    for step in range(50):
+        sigmas = scheduler.sample_training_sigmas(256, torch.Generator().manual_seed(step)).sigmas
+        scheduler.update_training_losses(sigmas, loss(sigmas))
+    return scheduler
+
+
+def test_adaptive_draw_is_unbiased_and_lowers_the_variance():
+    def loss(sigmas):  # large at low noise alone
+        return 0.05 + 5 * torch.exp(-((sigmas.log() + 3.5) ** 2) / 0.1)
+
+    means, deviations = {}, {}
+    for adaptive in (False, True):
+        scheduler = adapted_scheduler(loss, adaptive)
+        estimates = []
+        for seed in range(4000):
+            # One sample a batch: no stratification, so that the variance is the importance sampling's own.
+            draw = scheduler.sample_training_sigmas(1, torch.Generator().manual_seed(seed))
+            estimates.append(draw.weights * loss(draw.sigmas))
+        estimates = torch.cat(estimates)
+        means[adaptive], deviations[adaptive] = estimates.mean().item(), estimates.std().item()
+    error = math.hypot(*deviations.values()) / 4000**0.5
+    print(
+        f"means {means}, standard error {error:.4f}, "
+        f"variance ratio {(deviations[True] / deviations[False]) ** 2:.3f}"
+    )
+    assert abs(means[True] - means[False]) < 3 * error
+    assert deviations[True] ** 2 < 0.5 * deviations[False] ** 2
+
+
+def test_adaptive_probabilities_have_their_formula():
+    scheduler = adapted_scheduler(lambda sigmas: torch.where(sigmas < 0.3, 3.0, 1.0))
+    probabilities = scheduler.bin_probabilities
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+    # p ∝ q/2 + q/2·√E[L²]/mean: here roots of 3 and 1 in the first and the last bin.
+    roots = torch.tensor([3.0, 1.0])
+    mean = (32 * probabilities[0] / (roots[0] / roots.mean() / 2 + 0.5)).item()
+    assert mean == pytest.approx(1, abs=0.2)
+    assert probabilities[0] > 1.3 * probabilities[-1]
+    state = scheduler.state_dict()
+    restored = AdaptiveEDMScheduler()
+    restored.load_state_dict(state)
+    assert torch.equal(restored.bin_probabilities, probabilities)
+    with pytest.raises(ValueError, match="num_bins"):
+        AdaptiveEDMScheduler(num_bins=8).load_state_dict(state)
+
+
+def test_non_finite_losses_do_not_poison_the_draw():
+    scheduler = AdaptiveEDMScheduler()
+    scheduler.update_training_losses(torch.tensor([0.1, 1.0]), torch.tensor([float("nan"), 1.0]))
+    assert scheduler.bin_probabilities.isfinite().all()
+
+
+def test_config_round_trip(tmp_path):
+    scheduler = AdaptiveEDMScheduler(solver="heun", s_churn=10.0, p_mean=-0.8)
+    scheduler.save_pretrained(tmp_path)
+    loaded = AdaptiveEDMScheduler.from_pretrained(tmp_path)
+    for name in ("solver", "s_churn", "p_mean", "rho", "num_bins"):
+        assert loaded.config[name] == scheduler.config[name]

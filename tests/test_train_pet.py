@@ -1,0 +1,244 @@
+"""The training script as a user runs it, in processes of its own, at toy size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_pet
+from pet_pipeline import PetDiffusionPipeline
+from pet_pipeline.checkpointing import find_checkpoint, list_checkpoints
+
+
+ROOT = Path(__file__).parent.parent
+TINY = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8, "decoder_channels": 8}
+
+
+def arguments(image_folder, output_dir, **options) -> list[str]:
+    options = {
+        "dataset_name": image_folder,
+        "cache_dir": output_dir.parent / "cache",
+        "output_dir": output_dir,
+        "resolution": 8,
+        "model_config": json.dumps(TINY),
+        "train_batch_size": 8,
+        "max_train_steps": 6,
+        "logging_steps": 1,
+        "preview_images": 2,
+        "preview_steps": 100,
+        "validation_steps": 3,
+        "checkpointing_steps": 3,
+        "mixed_precision": "no",
+        **options,
+    }
+    words = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        words += (
+            [f"--{name}"]
+            if value is True
+            else [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+        )
+    return words
+
+
+def train(image_folder, output_dir, launcher=(sys.executable,), **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*launcher, str(ROOT / "train_pet.py"), *arguments(image_folder, output_dir, **options)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+    )
+
+
+def metrics(output_dir) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished_run(image_folder, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("run") / "out"
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")
+    result = train(image_folder, output_dir, launcher, report_to="tensorboard", preview_steps=4)
+    assert result.returncode == 0, result.stderr
+    assert "Saved the pipeline" in result.stdout
+    return output_dir
+
+
+def test_a_run_leaves_a_pipeline_that_loads_and_draws(finished_run):
+    pipe = PetDiffusionPipeline.from_pretrained(finished_run)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.id2label == {0: "cat", 1: "dog"}
+    assert pipe("dog", num_inference_steps=3).images[0].size == (8, 8)
+    assert (finished_run / "transformer" / "diffusion_pytorch_model.safetensors").exists()
+    assert (finished_run / "best" / "model_index.json").exists()
+
+
+def test_a_run_leaves_pictures_and_numbers(finished_run):
+    names = {path.name for path in (finished_run / "samples").iterdir()}
+    assert {"samples-000004.png", "denoising-000004.png", "samples-000006.png"} <= names
+    assert {"step-comparison.png", "curves.png"} <= names
+    for name in names:
+        with Image.open(finished_run / "samples" / name) as image:
+            assert image.getextrema() != ((255, 255),) * 3
+    records = metrics(finished_run)
+    losses = [record for record in records if "train/loss" in record]
+    assert [record["step"] for record in losses] == [1, 2, 3, 4, 5, 6]
+    assert all(
+        f"train/term_{name}" in losses[0] for name in ("mse", "l1", "cosine", "high_frequency", "edge")
+    )
+    assert losses[-1]["train/learning_rate"] == 0  # exactly zero at the last step
+    assert losses[0]["images"] == 8 and losses[-1]["images"] == 48
+    validations = [record for record in records if "validation/loss" in record]
+    assert [record["step"] for record in validations] == [3, 6]
+    bands = [value for key, value in validations[-1].items() if key.startswith("validation/sigma_")]
+    assert len(bands) == 16 and validations[-1]["validation/loss"] == pytest.approx(sum(bands) / 16)
+    assert list((finished_run / "logs").rglob("events.*"))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(image_folder, tmp_path, accumulation):
+    # 8 steps of 2 micro-steps cross the ends of epochs (36 images, 4 batches each).
+    options = {"gradient_accumulation_steps": accumulation, "max_train_steps": 8, "checkpointing_steps": 3}
+    options["model_config"] = json.dumps({**TINY, "dropout": 0.2})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(image_folder, whole, checkpoints_total_limit=5, **options).returncode == 0
+    assert train(image_folder, parts, checkpoints_total_limit=5, **options).returncode == 0
+    for path in (parts / "checkpoint-8", parts / "checkpoint-6"):
+        __import__("shutil").rmtree(path)
+    result = train(image_folder, parts, resume_from_checkpoint="latest", **options)
+    assert result.returncode == 0, result.stderr
+    assert "Resumed at step 3" in result.stdout
+    weights = [
+        load_file(run / "transformer" / "diffusion_pytorch_model.safetensors") for run in (whole, parts)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    losses = [[r["train/loss"] for r in metrics(run) if "train/loss" in r] for run in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_checkpoints_are_rotated_and_found(finished_run, tmp_path):
+    assert [path.name for path in list_checkpoints(finished_run)] == ["checkpoint-3", "checkpoint-6"]
+    assert find_checkpoint(finished_run, "latest").name == "checkpoint-6"
+    assert find_checkpoint(finished_run, "checkpoint-3").name == "checkpoint-3"
+    with pytest.raises(ValueError, match="no checkpoint"):
+        find_checkpoint(tmp_path, "latest")
+    with pytest.raises(ValueError, match="no checkpoint 'checkpoint-99'"):
+        find_checkpoint(finished_run, "checkpoint-99")
+
+
+def test_the_clock_ends_a_run(image_folder, tmp_path):
+    result = train(
+        image_folder, tmp_path / "out", max_train_steps=None, max_train_minutes=0.02, validation_steps=10000
+    )
+    assert result.returncode == 0, result.stderr
+    last = [record for record in metrics(tmp_path / "out") if "train/loss" in record][-1]
+    assert last["seconds"] >= 1.2 and last["train/learning_rate"] == 0
+
+
+def test_other_classes_losses_and_optimizers(image_folder, tmp_path):
+    result = train(
+        image_folder,
+        tmp_path / "out",
+        classes=["all"],
+        max_train_steps=None,
+        num_train_epochs=1,
+        optimizer="adamw",
+        loss="original",
+        noise_schedule="fixed",
+        gradient_checkpointing=True,
+        checkpoints_total_limit=1,
+    )
+    assert result.returncode == 0, result.stderr
+    pipe = PetDiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert list(pipe.id2label.values()) == ["bird", "cat", "dog"]
+    assert metrics(tmp_path / "out")[-1]["step"] == 54 // 8
+    assert len(list_checkpoints(tmp_path / "out")) == 1
+
+
+def test_fine_tuning_starts_from_saved_weights(finished_run, image_folder, tmp_path):
+    options = {"pretrained_model_name_or_path": finished_run, "max_train_steps": 1, "learning_rate": 0}
+    result = train(image_folder, tmp_path / "out", muon_learning_rate=0, **options)
+    assert result.returncode == 0, result.stderr
+    name = Path("transformer") / "diffusion_pytorch_model.safetensors"
+    before, after = load_file(finished_run / name), load_file(tmp_path / "out" / name)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    result = train(image_folder, tmp_path / "other", classes=["all"], **options)
+    assert result.returncode == 1 and "2 classes, but --classes names 3" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": ["cat", "unicorn"]}, "no class 'unicorn'"),
+        ({"dataset_name": "/nowhere/at-all"}, "cannot be loaded"),
+        ({"resolution": 10}, "`patch_size` has to divide `sample_size`"),
+        ({"resume_from_checkpoint": "latest"}, "no checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    image_folder, tmp_path, options, message, capsys, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = arguments(image_folder, tmp_path / "out", **options)
+    with pytest.raises(ValueError, match=message):
+        train_pet.main(train_pet.parse_args(words))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max_train_steps", "0"], "--max_train_steps has to be positive"),
+        (["--train_batch_size", "-1", "--max_train_steps", "1"], "--train_batch_size has to be positive"),
+        (["--label_dropout", "2", "--max_train_steps", "1"], "--label_dropout"),
+        ([], "one of --max_train_steps, --num_train_epochs and --max_train_minutes"),
+    ],
+)
+def test_bad_flags_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        train_pet.parse_args(words)
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_overfitting_eight_images_reproduces_them(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(5):
+            blocks = torch.randint(0, 256, (3, 4, 4), generator=rng).float()
+            pixels = torch.nn.functional.interpolate(blocks[None], size=16, mode="bilinear")[0].byte()
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "data" / name / f"{index}.png")
+    config = json.dumps({"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 32})
+    result = train(
+        tmp_path / "data",
+        tmp_path / "out",
+        resolution=16,
+        model_config=config,
+        max_train_steps=1500,
+        validation_steps=10000,
+        checkpointing_steps=10000,
+        **{"no-random_flip": True},
+    )
+    assert result.returncode == 0, result.stderr
+    dataset = train_pet.load_image_dataset(
+        str(tmp_path / "data"), resolution=16, cache_dir=str(tmp_path / "cache")
+    )
+    train_set, _ = train_pet.stratified_split(dataset, 0.1, seed=0)
+    assert len(train_set) == 8
+    known = train_pet.to_model_range(train_set.images)
+    pipe = PetDiffusionPipeline.from_pretrained(tmp_path / "out")
+    samples = pipe(num_images_per_prompt=16, guidance_scale=1.0, output_type="latent").images
+    errors = (samples.unsqueeze(1) - known).square().mean((2, 3, 4)).min(1).values.sqrt()
+    print(f"root mean square distance to the nearest of 8 training images: {errors.median():.3f} (median)")
+    assert errors.median() < 0.1

@@ -1,0 +1,144 @@
+import pytest
+import torch
+from conftest import TINY, random_model
+
+from pet_pipeline import PetTransformer2DModel
+from pet_pipeline.transformer_pet import linear_attention
+
+
+def test_presets_are_of_the_stated_size():
+    small = PetTransformer2DModel.from_preset("small", num_classes=2)
+    assert 4e6 <= small.num_parameters() <= 8e6
+    with torch.device("meta"):
+        base = PetTransformer2DModel.from_preset("base", num_classes=2)
+    assert 20e6 <= base.num_parameters() <= 28e6
+    with pytest.raises(ValueError, match="small, base"):
+        PetTransformer2DModel.from_preset("huge")
+
+
+def test_linear_attention_equals_its_quadratic_formula():
+    query, key, value = torch.randn(3, 2, 3, 20, 8).unbind(0)
+    query[..., 0], key[..., 0] = 1.0, 1.0  # no token may be without any positive feature
+    scores = query.relu() @ key.relu().transpose(-1, -2)
+    expected = scores / scores.sum(-1, keepdim=True) @ value
+    torch.testing.assert_close(linear_attention(query, key, value), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "image_size"),
+    [
+        ({}, 8),
+        ({"sample_size": 16, "patch_size": 2}, 16),
+        ({"sample_size": 9, "patch_size": 3, "in_channels": 1, "num_classes": 100}, 9),
+        ({"in_channels": 4, "out_channels": 8, "num_classes": 1}, 8),
+        ({"patch_size": 1}, 8),
+        ({"decoder_layers": 0, "long_skips": True, "num_layers": 3}, 8),
+        ({"attention_type": "softmax", "dropout": 0.1}, 8),
+        ({}, 16),  # trained at 8, used at 16
+    ],
+)
+def test_shapes_and_gradients(config, image_size):
+    model = random_model(**config).train()
+    images = torch.randn(3, model.config.in_channels, image_size, image_size)
+    output = model(
+        images, torch.randn(3), torch.tensor([0, model.config.num_classes - 1, model.config.num_classes])
+    )
+    assert output.sample.shape == (3, model.out_channels, image_size, image_size)
+    output.sample.square().mean().backward()
+    unused = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not unused
+
+
+def test_untrained_output_is_zero_and_learns_at_once():
+    model = PetTransformer2DModel(**TINY)
+    images = torch.randn(2, 3, 8, 8)
+    output = model(images, torch.zeros(2), torch.zeros(2, dtype=torch.long)).sample
+    assert output.abs().max() == 0
+    (output - images).square().mean().backward()
+    assert model.proj_out.weight.grad.abs().max() > 0
+    assert model.decoder.conv_out.weight.grad.abs().max() > 0
+
+
+def test_conditioning_reaches_the_output(model):
+    images = torch.randn(1, 3, 8, 8)
+    outputs = [model(images, 0.1, torch.tensor([label])).sample for label in range(3)]
+    assert all((outputs[i] - outputs[j]).abs().max() > 1e-3 for i in range(3) for j in range(i))
+    torch.testing.assert_close(
+        model(images, torch.tensor([0.1])).sample, outputs[2]
+    )  # None is the null class
+    assert (model(images, 0.5, torch.tensor([0])).sample - outputs[0]).abs().max() > 1e-3
+
+
+def test_positions_tell_rows_from_columns():
+    model = random_model(sample_size=16)
+    positions = model.position_embedding(4, 4)  # (T, D)
+    distances = torch.cdist(positions, positions) + 100 * torch.eye(len(positions))
+    assert distances.min() > 0.1
+    grid = positions.unflatten(0, (4, 4))
+    assert (grid - grid.transpose(0, 1)).abs().max() > 0.5
+
+
+def test_layers_are_not_shared():
+    model = PetTransformer2DModel(**TINY)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = random_model(long_skips=True).train()
+    images, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        model(images, torch.zeros(2), labels).sample.square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("timestep", [-1.55, 0.0, 1.09])  # σ = 0.002, 1, 80
+def test_bfloat16_is_close_to_float32(timestep):
+    model = random_model()
+    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        expected = model(images, timestep, labels).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = model(images, timestep, labels).sample.float()
+        cast = model.to(torch.bfloat16)(images.bfloat16(), timestep, labels).sample.float()
+    for output in (autocast, cast):
+        assert (output - expected).square().mean().sqrt() < 0.02 * expected.square().mean().sqrt()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"patch_size": 3}, "`patch_size` has to divide `sample_size`"),
+        ({"num_layers": 0}, "`num_layers`"),
+        ({"num_classes": -1}, "`num_classes`"),
+        ({"in_channels": 1.5}, "`in_channels`"),
+        ({"attention_type": "quadratic"}, "`attention_type`"),
+        ({"num_attention_heads": 1, "attention_head_dim": 6}, "multiple of 4"),
+        ({"dropout": 1.0}, "`dropout`"),
+        ({"decoder_layers": -1}, "`decoder_layers`"),
+        ({"feed_forward_ratio": 0}, "`feed_forward_ratio`"),
+    ],
+)
+def test_bad_configurations_name_the_argument(config, message):
+    with pytest.raises(ValueError, match=message):
+        PetTransformer2DModel(**{**TINY, **config})
+
+
+def test_bad_images_are_refused(model):
+    with pytest.raises(ValueError, match="3 channels, but has 1"):
+        model(torch.randn(1, 1, 8, 8), 0.0)
+    with pytest.raises(ValueError, match="multiple of the patch size 4"):
+        model(torch.randn(1, 3, 10, 8), 0.0)
+
+
+def test_save_and_load_are_bit_exact(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
+    loaded = PetTransformer2DModel.from_pretrained(tmp_path)
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model(images, 0.3).sample, loaded(images, 0.3).sample)

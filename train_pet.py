@@ -1,0 +1,541 @@
+"""Trains a class-conditional diffusion model on small images and saves it as a pipeline folder.
+
+    accelerate launch train_pet.py --dataset_name uoft-cs/cifar10 --classes cat dog --output_dir out
+    --max_train_minutes 60
+
+    python train_pet.py --help          # every option
+    accelerate launch train_pet.py … --resume_from_checkpoint latest
+
+The folder then holds a `PetDiffusionPipeline` of the averaged (EMA) weights, `best/` the same at the lowest
+validation loss, `samples/` the pictures, and `metrics.jsonl` every logged number.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast, set_seed
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from tqdm.auto import tqdm
+
+from pet_pipeline import (
+    AdaptiveEDMScheduler,
+    BalancedAdaptiveLoss,
+    PetDiffusionPipeline,
+    PetTransformer2DModel,
+)
+from pet_pipeline.checkpointing import find_checkpoint, save_checkpoint
+from pet_pipeline.data import (
+    ImageDataset,
+    load_image_dataset,
+    random_horizontal_flip,
+    stratified_split,
+    to_model_range,
+)
+from pet_pipeline.losses import PRESETS as LOSS_PRESETS
+from pet_pipeline.metrics import validation_loss
+from pet_pipeline.optimization import create_optimizer, learning_rate_factor
+from pet_pipeline.transformer_pet import PRESETS as MODEL_PRESETS
+from pet_pipeline.visualization import denoising_strip, loss_curves, sample_grid, step_comparison
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line; exits with a message where it makes no sense."""
+    parser = argparse.ArgumentParser(
+        description="Train a class-conditional diffusion model on small images.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    flag = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset_name", default="uoft-cs/cifar10", help="Hub id, local data set or image folder"
+    )
+    group.add_argument("--dataset_config_name", help="configuration of the data set")
+    group.add_argument("--image_column", help="found by its type if not given")
+    group.add_argument("--label_column", help="found by its type if not given")
+    group.add_argument("--classes", nargs="+", default=["cat", "dog"], help="class names, or `all`")
+    group.add_argument(
+        "--resolution", type=int, default=32, help="images are resized and cropped to this size"
+    )
+    group.add_argument("--random_flip", action=flag, default=True, help="mirror images at random")
+    group.add_argument("--validation_fraction", type=float, default=0.1, help="of each class, held out")
+    group.add_argument("--validation_images", type=int, default=512, help="how many of them measure the loss")
+    group.add_argument("--max_train_samples", type=int, help="use only this many images")
+    group.add_argument("--cache_dir", help="cache of `datasets`")
+    group.add_argument(
+        "--dataloader_num_workers", type=int, default=0, help="images are in memory: 0 is fastest"
+    )
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--preset", choices=list(MODEL_PRESETS), default="small", help="size of the denoiser")
+    group.add_argument(
+        "--model_config", type=json.loads, default={}, help="JSON of arguments that override the preset's"
+    )
+    group.add_argument(
+        "--pretrained_model_name_or_path", help="start from the weights of this saved pipeline"
+    )
+    group.add_argument("--gradient_checkpointing", action=flag, default=False, help="less memory, more time")
+
+    group = parser.add_argument_group("noise and loss")
+    group.add_argument(
+        "--noise_schedule", choices=["adaptive", "fixed"], default="adaptive", help="draw of noise levels"
+    )
+    group.add_argument("--p_mean", type=float, default=-0.8, help="mean of ln σ in the training proposal")
+    group.add_argument(
+        "--p_std", type=float, default=1.4, help="standard deviation of ln σ in the training proposal"
+    )
+    group.add_argument(
+        "--prediction_type", choices=["epsilon", "v_prediction"], default="epsilon", help="sign of c_out"
+    )
+    group.add_argument("--loss", choices=list(LOSS_PRESETS), default="balanced", help="preset of the loss")
+    group.add_argument(
+        "--learned_weighting", action=flag, default=True, help="learn the weight of each noise level"
+    )
+    group.add_argument(
+        "--label_dropout", type=float, default=0.1, help="share of labels replaced by the null class"
+    )
+
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--train_batch_size", type=int, default=64, help="images per process and micro-step")
+    group.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="micro-steps per optimizer step"
+    )
+    group.add_argument("--max_train_steps", type=int, help="stop after this many optimizer steps")
+    group.add_argument("--num_train_epochs", type=int, help="stop after this many passes over the data")
+    group.add_argument(
+        "--max_train_minutes", type=float, help="stop by the clock, which the decay then follows"
+    )
+    group.add_argument(
+        "--optimizer", choices=["muon", "adamw"], default="muon", help="Muon with AdamW, or AdamW alone"
+    )
+    group.add_argument(
+        "--muon_learning_rate", type=float, default=0.02, help="for matrices of the transformer blocks"
+    )
+    group.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW")
+    group.add_argument(
+        "--lr_scheduler",
+        choices=["constant", "linear", "cosine", "trapezoid"],
+        default="cosine",
+        help="decay of the learning rates after warm-up; all but `constant` end at exactly zero",
+    )
+    group.add_argument("--lr_warmup_steps", type=int, default=50, help="optimizer steps of warm-up")
+    group.add_argument("--weight_decay", type=float, default=0.0, help="decoupled weight decay")
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="of AdamW")
+    group.add_argument("--adam_beta2", type=float, default=0.99, help="of AdamW")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="of AdamW")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    group.add_argument("--use_ema", action=flag, default=True, help="average the weights (EMA)")
+    group.add_argument("--ema_max_decay", type=float, default=0.9999, help="upper bound of the EMA decay")
+    group.add_argument(
+        "--ema_inv_gamma", type=float, default=1.0, help="EMA warm-up: decay = 1 - (1 + step/γ)^-power"
+    )
+    group.add_argument("--ema_power", type=float, default=0.75, help="EMA warm-up exponent")
+
+    group = parser.add_argument_group("hardware")
+    group.add_argument(
+        "--mixed_precision",
+        choices=["auto", "no", "bf16", "fp16"],
+        default="auto",
+        help="auto: bf16 where it is fast",
+    )
+    group.add_argument("--torch_compile", action=flag, default=False, help="compile the denoiser")
+    group.add_argument("--seed", type=int, default=0, help="of everything random")
+
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output_dir", default="pet-model", help="folder of the pipeline, checkpoints and pictures"
+    )
+    group.add_argument("--logging_steps", type=int, default=50, help="optimizer steps between logged losses")
+    group.add_argument(
+        "--validation_steps", type=int, default=1000, help="optimizer steps between validations"
+    )
+    group.add_argument(
+        "--preview_steps", type=int, default=1000, help="optimizer steps between sample pictures"
+    )
+    group.add_argument("--preview_images", type=int, default=8, help="images per class in them")
+    group.add_argument(
+        "--checkpointing_steps", type=int, default=500, help="optimizer steps between checkpoints"
+    )
+    group.add_argument("--checkpoints_total_limit", type=int, default=2, help="how many checkpoints are kept")
+    group.add_argument("--resume_from_checkpoint", help="`latest`, a checkpoint's name or its path")
+    group.add_argument("--report_to", help="tracker: tensorboard, wandb or trackio")
+    group.add_argument(
+        "--logging_dir", default="logs", help="folder of the tracker, inside the output folder"
+    )
+    group.add_argument(
+        "--tracker_project_name", default="train_pet", help="name of the project in the tracker"
+    )
+
+    args = parser.parse_args(arguments)
+    for name in (
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "max_train_steps",
+        "num_train_epochs",
+        "max_train_minutes",
+        "max_train_samples",
+        "resolution",
+        "max_grad_norm",
+        "logging_steps",
+        "validation_images",
+        "validation_steps",
+        "preview_steps",
+        "preview_images",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+    ):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name} has to be positive, but is {value}")
+    if not 0 <= args.label_dropout <= 1:
+        parser.error(f"--label_dropout has to be in [0, 1], but is {args.label_dropout}")
+    if args.max_train_steps is None and args.num_train_epochs is None and args.max_train_minutes is None:
+        parser.error("one of --max_train_steps, --num_train_epochs and --max_train_minutes is needed")
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        parser.error("--mixed_precision fp16 needs a GPU; use bf16 or no")
+    return args
+
+
+def automatic_precision() -> str:
+    """Returns `"bf16"` where the hardware multiplies it natively, else `"no"`."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+
+
+@dataclass
+class TrainingState:
+    """How far a training is; registered with Accelerate, so that checkpoints keep it."""
+
+    step: int = 0  # optimizer steps
+    epoch: int = 0
+    micro_step: int = 0  # batches taken from the current epoch
+    images: int = 0  # images seen by all processes
+    seconds: float = 0.0
+    best_loss: float = math.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
+
+
+def main(args: argparse.Namespace) -> None:
+    # 1. Accelerate, randomness, output folder
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=automatic_precision() if args.mixed_precision == "auto" else args.mixed_precision,
+        # Micro-steps are counted over the ends of epochs, so that every optimizer step has the same number of
+        # images.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
+    )
+    set_seed(args.seed)
+    samples_dir, metrics_path = output_dir / "samples", output_dir / "metrics.jsonl"
+
+    # 2. Data: decoded once, the validation part held out
+    classes = None if args.classes == ["all"] else args.classes
+    dataset = load_image_dataset(
+        args.dataset_name,
+        classes,
+        args.resolution,
+        dataset_config_name=args.dataset_config_name,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        cache_dir=args.cache_dir,
+        max_samples=args.max_train_samples,
+    )
+    train_set, validation_set = stratified_split(dataset, args.validation_fraction, seed=args.seed)
+    validation_set = validation_set.subset(torch.arange(min(args.validation_images, len(validation_set))))
+    train_loader = torch.utils.data.DataLoader(
+        train_set,
+        batch_size=args.train_batch_size,
+        shuffle=True,
+        collate_fn=ImageDataset.collate,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=len(train_set) >= args.train_batch_size * accelerator.num_processes,
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+
+    # 3. Model, scheduler, loss, optimizer, EMA
+    num_classes = len(dataset.class_names)
+    if args.pretrained_model_name_or_path is not None:
+        transformer = PetTransformer2DModel.from_pretrained(
+            args.pretrained_model_name_or_path, subfolder="transformer"
+        )
+        if transformer.config.num_classes != num_classes:
+            raise ValueError(
+                f"The model in {args.pretrained_model_name_or_path!r} has {transformer.config.num_classes} "
+                f"classes, but --classes names {num_classes}."
+            )
+        transformer.to(torch.float32)
+    else:
+        model_config = {"sample_size": args.resolution, "num_classes": num_classes, **args.model_config}
+        transformer = PetTransformer2DModel.from_preset(args.preset, **model_config)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    scheduler = AdaptiveEDMScheduler(
+        adaptive=args.noise_schedule == "adaptive",
+        p_mean=args.p_mean,
+        p_std=args.p_std,
+        prediction_type=args.prediction_type,
+    )
+    loss_function = BalancedAdaptiveLoss(
+        args.loss, sigma_data=scheduler.config.sigma_data, learned_weighting=args.learned_weighting
+    )
+    optimizer = create_optimizer(
+        transformer,
+        loss_function,
+        args.optimizer,
+        args.muon_learning_rate,
+        args.learning_rate,
+        args.weight_decay,
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_epsilon,
+    )
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    # The averaged weights live in a model of their own, which validation, pictures and saving use.
+    ema_transformer = PetTransformer2DModel.from_config(transformer.config).to(accelerator.device).eval()
+    ema = EMAModel(
+        transformer.parameters(),
+        decay=args.ema_max_decay if args.use_ema else 0.0,
+        use_ema_warmup=True,
+        inv_gamma=args.ema_inv_gamma,
+        power=args.ema_power,
+        foreach=True,
+    )
+    if args.torch_compile:
+        transformer.compile()
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    state = TrainingState()
+    transformer, loss_function, optimizer, train_loader = accelerator.prepare(
+        transformer, loss_function, optimizer, train_loader
+    )
+    ema.to(accelerator.device)
+    accelerator.register_for_checkpointing(ema, scheduler, state)
+
+    # 4. Length of the training, and where it starts
+    images_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    limits = [args.max_train_steps] if args.max_train_steps is not None else []
+    if args.num_train_epochs is not None:
+        limits.append(math.ceil(args.num_train_epochs * len(train_loader) / args.gradient_accumulation_steps))
+    max_steps = min(limits, default=None)
+    if args.resume_from_checkpoint is not None:
+        accelerator.load_state(str(find_checkpoint(output_dir, args.resume_from_checkpoint)))
+        accelerator.print(f"Resumed at step {state.step:,} after {state.images:,} images.")
+    else:
+        set_seed(args.seed, device_specific=True)
+    if accelerator.is_main_process:
+        samples_dir.mkdir(exist_ok=True)
+        # A resumed run writes again what came after its checkpoint.
+        lines = metrics_path.read_text().splitlines() if metrics_path.exists() and state.step else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.step]
+        metrics_path.write_text("".join(line + "\n" for line in kept))
+    if args.report_to is not None:
+        plain = {
+            key: value for key, value in vars(args).items() if isinstance(value, (int, float, str, bool))
+        }
+        accelerator.init_trackers(args.tracker_project_name, config=plain)
+
+    start_time = time.monotonic() - state.seconds
+
+    def progress() -> float:
+        """Share of the training that is done, by steps or by the main process's clock, whichever is
+        further."""
+        state.seconds = time.monotonic() - start_time
+        done = 0.0 if max_steps is None else state.step / max_steps
+        if args.max_train_minutes is not None:
+            seconds = broadcast(torch.tensor([state.seconds], device=accelerator.device)).item()
+            done = max(done, seconds / 60 / args.max_train_minutes)
+        return min(done, 1.0)
+
+    def log(values: dict[str, float]) -> None:
+        """Writes numbers to `metrics.jsonl` and to the tracker."""
+        if accelerator.is_main_process:
+            record = {
+                "step": state.step,
+                "images": state.images,
+                "seconds": round(state.seconds, 1),
+                **values,
+            }
+            with metrics_path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        accelerator.log(values, step=state.step)
+
+    def log_picture(name: str, image: Image.Image, file_name: str) -> None:
+        """Writes a picture to the samples folder and to the tracker."""
+        image.save(samples_dir / file_name)
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: np.asarray(image)[None]}, step=state.step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({name: [image]}, step=state.step)
+
+    def ema_pipeline() -> PetDiffusionPipeline:
+        """The pipeline as it would be saved now."""
+        ema.copy_to(ema_transformer.parameters())
+        id2label = dict(enumerate(dataset.class_names))
+        pipeline = PetDiffusionPipeline(
+            ema_transformer, AdaptiveEDMScheduler.from_config(scheduler.config), id2label=id2label
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def validate() -> None:
+        """Measures the EMA weights on the held-out images and keeps the best; on the main process."""
+        if not accelerator.is_main_process:
+            return
+        pipeline = ema_pipeline()
+        with accelerator.autocast():
+            errors = validation_loss(pipeline.transformer, scheduler, validation_set, args.train_batch_size)
+        loss = sum(errors.values()) / len(errors)
+        log(
+            {
+                "validation/loss": loss,
+                **{f"validation/sigma_{sigma:.3g}": error for sigma, error in errors.items()},
+            }
+        )
+        accelerator.print(f"step {state.step:,}, {state.images:,} images, validation loss {loss:.4f}")
+        if loss < state.best_loss:
+            state.best_loss = loss
+            pipeline.save_pretrained(output_dir / "best")
+
+    def preview() -> None:
+        """Samples from the EMA weights; on the main process."""
+        if not accelerator.is_main_process:
+            return
+        pipeline = ema_pipeline()
+        with accelerator.autocast():
+            grid = sample_grid(pipeline, args.preview_images, args.seed)
+            strip = denoising_strip(pipeline, args.seed)
+        log_picture("samples", grid, f"samples-{state.step:06}.png")
+        log_picture("denoising", strip, f"denoising-{state.step:06}.png")
+
+    # 5. Training loop
+    progress_bar = tqdm(
+        total=max_steps,
+        initial=state.step,
+        desc="steps",
+        disable=not accelerator.is_local_main_process,
+        mininterval=1,
+    )
+    log_time, log_images, sums = time.monotonic(), state.images, {}
+    done = progress()
+    while done < 1:
+        train_loader.set_epoch(state.epoch)
+        loader = (
+            accelerator.skip_first_batches(train_loader, state.micro_step)
+            if state.micro_step
+            else train_loader
+        )
+        for images, labels in loader:
+            images = to_model_range(images)
+            if args.random_flip:
+                images = random_horizontal_flip(images)
+            dropped = torch.rand(len(labels), device=labels.device) < args.label_dropout
+            labels = torch.where(dropped, num_classes, labels)
+            sigmas, weights = scheduler.sample_training_sigmas(len(images), device=images.device).to_tuple()
+            timesteps = scheduler.precondition_noise(sigmas)
+            noisy_images = scheduler.add_noise(images, torch.randn_like(images), timesteps)
+
+            with accelerator.accumulate(transformer, loss_function):
+                model_input = scheduler.precondition_inputs(noisy_images, sigmas)
+                model_output = transformer(model_input, timesteps, labels, return_dict=False)[0].float()
+                losses = loss_function(
+                    model_output,
+                    scheduler.training_target(images, noisy_images, sigmas),
+                    sigmas,
+                    denoised=scheduler.precondition_outputs(noisy_images, model_output, sigmas),
+                    original_samples=images,
+                    weights=weights,
+                )
+                accelerator.backward(losses.loss)
+                if accelerator.sync_gradients:
+                    factor = learning_rate_factor(args.lr_scheduler, done, state.step, args.lr_warmup_steps)
+                    for group, rate in zip(optimizer.param_groups, base_rates):
+                        group["lr"] = rate * factor
+                    accelerator.clip_grad_norm_(
+                        [*transformer.parameters(), *loss_function.parameters()], args.max_grad_norm
+                    )
+                optimizer.step()
+                optimizer.zero_grad()
+
+            scheduler.update_training_losses(*accelerator.gather((sigmas, losses.sample_losses)))
+            values = {
+                "train/loss": losses.loss.detach(),
+                **{f"train/term_{k}": v for k, v in losses.terms.items()},
+            }
+            sums = {key: sums.get(key, 0) + value for key, value in values.items()} | {
+                "count": sums.get("count", 0) + 1
+            }
+            state.micro_step += 1
+            if not accelerator.sync_gradients:
+                continue
+
+            ema.step(accelerator.unwrap_model(transformer).parameters())
+            state.step += 1
+            state.images += images_per_step
+            done = progress()
+            progress_bar.update()
+            if state.step % args.logging_steps == 0 or done >= 1:
+                count = sums.pop("count")
+                means = {key: accelerator.reduce(value / count, "mean").item() for key, value in sums.items()}
+                rate = (state.images - log_images) / (time.monotonic() - log_time)
+                factor = learning_rate_factor(args.lr_scheduler, done, state.step, args.lr_warmup_steps)
+                log(
+                    means
+                    | {"train/learning_rate": args.learning_rate * factor, "train/images_per_second": rate}
+                )
+                progress_bar.set_postfix(loss=f"{means['train/loss']:.3f}", images_per_second=f"{rate:.0f}")
+                log_time, log_images, sums = time.monotonic(), state.images, {}
+            if state.step % args.validation_steps == 0 and done < 1:
+                validate()
+            if state.step % args.preview_steps == 0 and done < 1:
+                preview()
+            if state.step % args.checkpointing_steps == 0 or done >= 1:
+                save_checkpoint(accelerator, output_dir, state.step, args.checkpoints_total_limit)
+            if done >= 1:
+                break
+        else:
+            state.epoch += 1
+            state.micro_step = 0
+    progress_bar.close()
+
+    # 6. Last measurements, pictures, and the pipeline
+    validate()
+    preview()
+    if accelerator.is_main_process:
+        pipeline = ema_pipeline()
+        with accelerator.autocast():
+            comparison = step_comparison(pipeline, seed=args.seed)
+        log_picture("step_comparison", comparison, "step-comparison.png")
+        log_picture("curves", loss_curves(metrics_path), "curves.png")
+        pipeline.save_pretrained(output_dir)
+        accelerator.print(f"Saved the pipeline in {output_dir}; its pictures are in {samples_dir}.")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    try:
+        main(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"train_pet.py: {error}")
