@@ -324,6 +324,10 @@ def main(args: argparse.Namespace) -> None:
     if args.torch_compile:
         transformer.compile()
 
+    # Nothing is written before everything that was asked for has been found.
+    checkpoint = None
+    if args.resume_from_checkpoint is not None:
+        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     output_dir.mkdir(parents=True, exist_ok=True)
     state = TrainingState()
     transformer, loss_function, optimizer, train_loader = accelerator.prepare(
@@ -338,8 +342,8 @@ def main(args: argparse.Namespace) -> None:
     if args.num_train_epochs is not None:
         limits.append(math.ceil(args.num_train_epochs * len(train_loader) / args.gradient_accumulation_steps))
     max_steps = min(limits, default=None)
-    if args.resume_from_checkpoint is not None:
-        accelerator.load_state(str(find_checkpoint(output_dir, args.resume_from_checkpoint)))
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
         accelerator.print(f"Resumed at step {state.step:,} after {state.images:,} images.")
     else:
         set_seed(args.seed, device_specific=True)

@@ -53,9 +53,12 @@ def positive_integer(text: str) -> int:
 def run_generate(args: argparse.Namespace) -> None:
     """Makes the images of `pet-pipeline generate`."""
     # Imported here: `--help` and mistakes should not wait for PyTorch.
+    from diffusers.utils import logging
+
     from .pipeline_pet_diffusion import PetDiffusionPipeline
     from .visualization import class_names, image_generators, image_grid
 
+    logging.disable_progress_bar()  # of the loading; sampling has its own
     pipeline = PetDiffusionPipeline.from_pretrained(args.model)
     names = args.classes or class_names(pipeline)
     label_ids = pipeline.get_label_ids([int(name) if name.isdigit() else name for name in names])

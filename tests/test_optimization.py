@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -47,7 +48,7 @@ def test_equals_its_two_parts_and_survives_saving():
 
     copies = [torch.nn.Parameter(p.detach().clone()) for p in (matrix, vector)]
     restored = MuonAdamW([copies[0]], [copies[1]])
-    restored.load_state_dict(joint.state_dict())
+    restored.load_state_dict(copy.deepcopy(joint.state_dict()))
     for group in [*joint.param_groups, *restored.param_groups]:
         group["lr"] *= 0.5
     step([joint], matrix, vector, 7)
