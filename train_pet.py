@@ -343,7 +343,12 @@ def main(args: argparse.Namespace) -> None:
         limits.append(math.ceil(args.num_train_epochs * len(train_loader) / args.gradient_accumulation_steps))
     max_steps = min(limits, default=None)
     if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
+        try:
+            accelerator.load_state(str(checkpoint))
+        except (RuntimeError, ValueError, KeyError) as error:  # of shapes, parameter groups and names
+            raise ValueError(
+                f"The checkpoint {str(checkpoint)!r} is of another configuration: {error}"
+            ) from error
         accelerator.print(f"Resumed at step {state.step:,} after {state.images:,} images.")
     else:
         set_seed(args.seed, device_specific=True)

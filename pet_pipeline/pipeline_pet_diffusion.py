@@ -164,7 +164,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
         """
         # `DiffusionPipeline.from_pipe` would take over models of exactly the annotated class only, and cast
         # to float32.
-        kwargs = {"transformer": pipeline.transformer, "torch_dtype": pipeline.dtype, **kwargs}
+        kwargs = {"transformer": pipeline.transformer, "dtype": pipeline.dtype, **kwargs}
         return super().from_pipe(pipeline, **kwargs)
 
     @property

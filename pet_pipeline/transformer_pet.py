@@ -493,7 +493,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         frequencies = get_timestep_embedding(
             timestep, 256, downscale_freq_shift=0, scale=25.0, max_period=100
         )
-        conditioning = self.time_embedding(frequencies.to(self.time_embedding.linear_1.weight.dtype))
+        conditioning = self.time_embedding(frequencies.to(hidden_states.dtype))
         if class_labels is None:
             class_labels = torch.full((1,), self.config.num_classes, device=hidden_states.device)
         class_labels = torch.as_tensor(class_labels, device=hidden_states.device).reshape(-1).expand(batch)

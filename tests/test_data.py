@@ -33,7 +33,7 @@ def test_parquet_with_columns_of_other_names(tmp_path):
     features = datasets.Features(
         {
             "photo": datasets.Image(),
-            "kind": datasets.ClassLabel(names=["cat", "dog"]),
+            "kind": datasets.ClassLabel(names=["cat", "dog", "bird"]),
             "author": datasets.Value("string"),
         }
     )
@@ -43,9 +43,11 @@ def test_parquet_with_columns_of_other_names(tmp_path):
     datasets.Dataset.from_dict(rows, features=features).to_parquet(
         tmp_path / "data" / "train-00000-of-00001.parquet"
     )
-    dataset = load(tmp_path / "data", tmp_path)
+    dataset = load(tmp_path / "data", tmp_path, classes=["cat", "dog"])
     assert dataset.labels.tolist() == [0, 1, 0, 1]
     assert dataset.images[:, 0, 0, 0].tolist() == [0, 50, 100, 150]
+    with pytest.raises(ValueError, match="no image of class 'bird'"):
+        load(tmp_path / "data", tmp_path, classes=["cat", "bird"])
     with pytest.raises(ValueError, match="no column 'picture' .`image_column`"):
         load(tmp_path / "data", tmp_path, image_column="picture")
     with pytest.raises(ValueError, match="'author' .`label_column`. has to be of the type ClassLabel"):

@@ -115,3 +115,40 @@ def test_original_weights_as_the_original_script_has_them():
 def test_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="balanced, mse, original"):
         BalancedAdaptiveLoss("perceptual")
+
+
+def minimizer(preset, targets, sigma):
+    """The constant network output that minimises the loss over all targets, by gradient descent."""
+    loss_function = BalancedAdaptiveLoss(preset, learned_weighting=False)
+    output = targets.mean(0, keepdim=True).clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([output], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        repeated = output.expand_as(targets)
+        loss = loss_function(repeated, targets, torch.full((len(targets),), sigma), repeated, targets).loss
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        output += 0.1  # away from the answer
+    optimizer.step(closure)
+    return output.detach()
+
+
+@pytest.mark.parametrize("preset", ["mse", "balanced"])
+def test_the_minimizer_is_the_posterior_mean_where_it_has_to_be(preset):
+    # A skewed posterior in output space, of variance 0.25: its median and its mean differ by 0.15.
+    generator = torch.Generator().manual_seed(0)
+    skewed = -torch.rand(400, 3, 8, 8, generator=generator).log()  # exponential, mean 1 and variance 1
+    targets = torch.randn(1, 3, 8, 8, generator=generator) + 0.5 * (skewed - 1)
+    mean = targets.mean(0, keepdim=True)
+    biases = {}
+    for sigma in (0.01, 0.1, 0.5, 2.0, 20.0):
+        c_out = sigma * 0.5 / (sigma**2 + 0.25) ** 0.5
+        biases[sigma] = c_out * (minimizer(preset, targets, sigma) - mean).square().mean().sqrt().item()
+    print(f"{preset}: bias of the denoised image, by σ: { {s: round(b, 5) for s, b in biases.items()} }")
+    assert biases[20.0] < 1e-3
+    # In units of [-1, 1]: one of 255 grey levels is 0.0078.
+    assert max(biases.values()) < (1e-3 if preset == "mse" else 0.02)
+    assert biases[0.01] < 1e-3

@@ -1,11 +1,11 @@
 import pytest
 import torch
 from conftest import random_model
-from oracles import GaussianDenoiser
+from oracles import EmpiricalDenoiser, GaussianDenoiser
 
-from pet_pipeline import AdaptiveEDMScheduler
+from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
 from pet_pipeline.data import ImageDataset
-from pet_pipeline.metrics import VALIDATION_SIGMAS, validation_loss
+from pet_pipeline.metrics import VALIDATION_SIGMAS, memorization_ratio, nearest_neighbors, validation_loss
 
 
 def test_levels_are_even_in_the_logarithm():
@@ -34,3 +34,26 @@ def test_validation_loss_of_a_known_denoiser():
             c_out_squared = sigma**2 * 0.25 / (sigma**2 + 0.25)
             expected = std**2 * sigma**2 / (std**2 + sigma**2) / c_out_squared
             assert error == pytest.approx(expected, rel=0.03)
+
+
+def test_nearest_neighbors_see_mirrored_copies_and_merge_duplicates():
+    images = torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images[1] = images[0] + 0.01  # a near-duplicate
+    samples = torch.stack([images[0], images[5].flip(-1) + 0.02, torch.zeros(3, 8, 8)])
+    neighbors = nearest_neighbors(samples, images, chunk_size=2)
+    assert neighbors.indices[:2].tolist() == [0, 5]
+    assert neighbors.distances[:2].tolist() == pytest.approx([0, 0.02], abs=1e-3)
+    assert (neighbors.second_distances > 0.4).all()
+    assert memorization_ratio(samples, images) == pytest.approx(2 / 3)
+
+
+def test_an_empirical_denoiser_memorizes_and_new_images_do_not():
+    model = EmpiricalDenoiser(num_images=20)
+    pipe = PetDiffusionPipeline(model, AdaptiveEDMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    samples = pipe(
+        num_images_per_prompt=8, num_inference_steps=30, guidance_scale=1.0, output_type="latent"
+    ).images
+    known = model.data.float()
+    assert memorization_ratio(samples, known) == 1.0
+    assert memorization_ratio(torch.rand(16, 3, 8, 8) * 2 - 1, known) == 0.0

@@ -1,5 +1,6 @@
 import math
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -170,6 +171,29 @@ def test_samples_of_the_empirical_denoiser_are_its_images_of_the_class():
         assert (model.labels[distances.argmin(1)] == label).all()
 
 
+def test_guided_direction_vanishes_where_the_class_is_decided():
+    model = EmpiricalDenoiser()
+    cat = model.data[:1]  # label 0
+    for sigma, decided in ((0.05, True), (5.0, False)):
+        level = torch.full((1, 1, 1, 1), sigma, dtype=torch.float64)
+        x = cat + sigma * torch.randn(
+            cat.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
+        conditional, unconditional = (model.denoise(x, level, torch.tensor([label])) for label in (0, 2))
+        assert ((conditional - unconditional).abs().max() < 1e-6) == decided
+
+
+def test_model_offload_hooks_leave_the_images_as_they_are(pipeline):
+    settings = {"num_inference_steps": 3, "output_type": "pt"}
+    expected = pipeline("cat", generator=generators(0), **settings).images
+    pipeline.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(pipeline("cat", generator=generators(0), **settings).images, expected)
+    pipeline.remove_all_hooks()
+    # `enable_sequential_cpu_offload` has no CPU to CPU form; these are the hooks it would set.
+    accelerate.cpu_offload(pipeline.transformer, torch.device("cpu"))
+    assert torch.equal(pipeline("cat", generator=generators(0), **settings).images, expected)
+
+
 def test_callbacks_see_replace_and_steer(pipeline):
     steps = []
 
@@ -271,7 +295,7 @@ def test_save_and_load_are_bit_exact(pipeline, dtype, tmp_path):
     pipeline.to(dtype)
     pipeline.save_pretrained(tmp_path)
     assert not [p for p in tmp_path.rglob("*") if p.suffix in {".bin", ".pt", ".pkl"}]
-    loaded = PetDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = PetDiffusionPipeline.from_pretrained(tmp_path, dtype=dtype)
     loaded.set_progress_bar_config(disable=True)
     assert loaded.id2label == {0: "cat", 1: "dog"}
     images = [p("dog", 4, generator=generators(3), output_type="pt").images for p in (pipeline, loaded)]

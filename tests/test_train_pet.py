@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
+import pet_pipeline.scheduling_adaptive_edm as train_pet_scheduler
 import train_pet
 from pet_pipeline import PetDiffusionPipeline
 from pet_pipeline.checkpointing import find_checkpoint, list_checkpoints
@@ -240,3 +241,81 @@ def test_overfitting_eight_images_reproduces_them(tmp_path):
     errors = (samples.unsqueeze(1) - known).square().mean((2, 3, 4)).min(1).values.sqrt()
     print(f"root mean square distance to the nearest of 8 training images: {errors.median():.3f} (median)")
     assert errors.median() < 0.1
+
+
+def test_ema_follows_its_formula(image_folder, tmp_path):
+    options = {"checkpointing_steps": 1, "checkpoints_total_limit": 10, "ema_power": 0.6}
+    train(image_folder, tmp_path / "out", **options)
+    expected = None
+    for step in range(1, 7):
+        weights = load_file(tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors")
+        decay = 0.0 if step == 1 else 1 - step**-0.6
+        expected = {
+            name: weight if expected is None else decay * expected[name] + (1 - decay) * weight
+            for name, weight in weights.items()
+        }
+    averaged = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, weight in averaged.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_equals_a_larger_batch(image_folder, tmp_path, monkeypatch):
+    # Without noise, at one level, a run is a function of the order of the images alone.
+    def fixed_level(self, batch_size, generator=None, device=None):
+        return train_pet_scheduler.TrainingSigmas(
+            sigmas=torch.ones(batch_size), weights=torch.ones(batch_size)
+        )
+
+    monkeypatch.setattr(train_pet_scheduler.AdaptiveEDMScheduler, "sample_training_sigmas", fixed_level)
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    weights = []
+    for batch_size, accumulation in ((8, 1), (4, 2)):
+        output_dir = tmp_path / str(batch_size)
+        train(
+            image_folder,
+            output_dir,
+            train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_train_steps=4,
+            label_dropout=0,
+            optimizer="adamw",
+            adam_epsilon=1e-3,  # Adam's step is the sign of the gradient where it is tiny, rounding included
+            **{"no-random_flip": True},
+        )
+        weights.append(load_file(output_dir / "checkpoint-4" / "model.safetensors"))
+        assert metrics(output_dir)[-1]["images"] == 32
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_labels_are_dropped_at_the_stated_rate(image_folder, tmp_path, monkeypatch):
+    seen = []
+    forward = train_pet.PetTransformer2DModel.forward
+
+    def counting_forward(self, hidden_states, timestep, class_labels=None, return_dict=True):
+        if self.training:
+            seen.append(class_labels)
+        return forward(self, hidden_states, timestep, class_labels, return_dict)
+
+    monkeypatch.setattr(train_pet.PetTransformer2DModel, "forward", counting_forward)
+    train(image_folder, tmp_path / "out", label_dropout=0.3, max_train_steps=60)
+    labels = torch.cat(seen)
+    rate = (labels == 2).float().mean().item()
+    print(f"{rate:.3f} of {len(labels)} labels dropped")
+    assert len(labels) == 480 and abs(rate - 0.3) < 4 * (0.3 * 0.7 / 480) ** 0.5
+    assert {0, 1, 2} == set(labels.tolist())
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(finished_run, image_folder, tmp_path):
+    resume = {"resume_from_checkpoint": finished_run / "checkpoint-3", "max_train_steps": 6}
+    wider = json.dumps({**TINY, "num_attention_heads": 2})
+    with pytest.raises(ValueError, match="of another configuration"):
+        train(image_folder, tmp_path / "out", model_config=wider, **resume)
+    with pytest.raises(ValueError, match="of another configuration"):
+        train(image_folder, tmp_path / "out", optimizer="adamw", **resume)
+
+
+def test_an_output_folder_that_cannot_be_written(image_folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"):
+        train(image_folder, tmp_path / "file" / "out", cache_dir=tmp_path / "cache")

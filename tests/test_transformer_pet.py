@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import TINY, random_model
+from peft import LoraConfig
 
 from pet_pipeline import PetTransformer2DModel
 from pet_pipeline.transformer_pet import linear_attention
@@ -142,3 +143,90 @@ def test_save_and_load_are_bit_exact(model, tmp_path):
     loaded = PetTransformer2DModel.from_pretrained(tmp_path)
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(model(images, 0.3).sample, loaded(images, 0.3).sample)
+
+
+def output_of(model: PetTransformer2DModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return model(torch.randn(2, 3, 8, 8, generator=generator), 0.1, torch.tensor([0, 1])).sample
+
+
+def test_lora_adds_trains_saves_loads_fuses_and_deletes(model, tmp_path):
+    plain = output_of(model)
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    torch.testing.assert_close(output_of(model), plain)  # a new adapter starts at zero
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 4 * 2 and all("lora" in name for name in trained)
+    optimizer = torch.optim.Adam(trained.values(), lr=0.01)
+    for _ in range(5):
+        model(torch.randn(2, 3, 8, 8), 0.1, torch.tensor([0, 1])).sample.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted = output_of(model)
+    assert (adapted - plain).abs().max() > 1e-3
+    model.save_lora_adapter(tmp_path)
+
+    other = random_model()
+    other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+    torch.testing.assert_close(output_of(other), adapted)
+    other.fuse_lora()
+    torch.testing.assert_close(output_of(other), adapted, rtol=1e-4, atol=1e-5)
+    other.unfuse_lora()
+    other.unload_lora()
+    torch.testing.assert_close(output_of(other), plain, rtol=1e-4, atol=1e-5)
+    model.delete_adapters("default")
+    torch.testing.assert_close(output_of(model), plain)
+
+
+def test_blocks_compile_without_graph_breaks(model):
+    expected = output_of(model)
+    model.compile_repeated_blocks(fullgraph=True)
+    torch.testing.assert_close(output_of(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layerwise_casting(model):
+    expected = output_of(model)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    stored = {p.dtype for name, p in model.named_parameters() if name.endswith("to_q.weight")}
+    assert stored == {torch.float8_e4m3fn} and model.class_embedding.weight.dtype == torch.float32
+    error = (output_of(model) - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert 0 < error < 0.1
+
+
+@pytest.mark.parametrize(
+    "options", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
+)
+def test_group_offloading(model, options):
+    expected = output_of(model)
+    cpu = torch.device("cpu")
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, **options)
+    assert torch.equal(output_of(model), expected)
+
+
+def test_sharded_variant_saves_and_device_maps(model, tmp_path):
+    expected = output_of(model)
+    model.save_pretrained(tmp_path, max_shard_size="20KB", variant="fp16")
+    assert len(list(tmp_path.glob("*.fp16-*.safetensors"))) > 1
+    loaded = PetTransformer2DModel.from_pretrained(tmp_path, variant="fp16")
+    assert torch.equal(output_of(loaded), expected)
+    # Too little memory for the whole model: the blocks are split off to disk, none of them in the middle.
+    offload = {"device_map": "auto", "max_memory": {"cpu": "30KB"}, "offload_folder": tmp_path / "disk"}
+    mapped = PetTransformer2DModel.from_pretrained(tmp_path, variant="fp16", **offload)
+    assert {"cpu", "disk"} <= set(mapped.hf_device_map.values())
+    assert torch.equal(output_of(mapped), expected)
+
+
+def test_training_a_model_keeps_classes_apart():
+    # Two classes, two constant images: after a few steps the class alone decides the output.
+    torch.manual_seed(0)
+    model = PetTransformer2DModel(**TINY)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    labels = torch.arange(8) % 2
+    targets = (labels * 2.0 - 1).view(8, 1, 1, 1).expand(8, 3, 8, 8)
+    for _ in range(60):
+        loss = (model(torch.randn(8, 3, 8, 8), 1.0, labels).sample - targets).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
