@@ -33,7 +33,7 @@ from pet_pipeline import (
     PetDiffusionPipeline,
     PetTransformer2DModel,
 )
-from pet_pipeline.checkpointing import find_checkpoint, save_checkpoint
+from pet_pipeline.checkpointing import find_checkpoint, list_checkpoints, save_checkpoint
 from pet_pipeline.data import (
     ImageDataset,
     load_image_dataset,
@@ -79,7 +79,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("model")
     group.add_argument("--preset", choices=list(MODEL_PRESETS), default="small", help="size of the denoiser")
     group.add_argument(
-        "--model_config", type=json.loads, default={}, help="JSON of arguments that override the preset's"
+        "--model_config", type=json_object, default={}, help="JSON of arguments that override the preset's"
     )
     group.add_argument(
         "--pretrained_model_name_or_path", help="start from the weights of this saved pipeline"
@@ -168,7 +168,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--checkpoints_total_limit", type=int, default=2, help="how many checkpoints are kept")
     group.add_argument("--resume_from_checkpoint", help="`latest`, a checkpoint's name or its path")
-    group.add_argument("--report_to", help="tracker: tensorboard, wandb or trackio")
+    group.add_argument(
+        "--report_to", help="tracker: tensorboard, wandb or trackio (the last without pictures)"
+    )
     group.add_argument(
         "--logging_dir", default="logs", help="folder of the tracker, inside the output folder"
     )
@@ -206,6 +208,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """Parses a JSON object given on the command line."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"has to be a JSON object, but is {text}")
+    return value
+
+
 def automatic_precision() -> str:
     """Returns `"bf16"` where the hardware multiplies it natively, else `"no"`."""
     if torch.cuda.is_available():
@@ -241,7 +254,9 @@ def main(args: argparse.Namespace) -> None:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
         ),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=args.seed, non_blocking=True
+        ),
         log_with=args.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
     )
@@ -328,6 +343,11 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = None
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    elif list_checkpoints(output_dir):
+        raise ValueError(
+            f"{args.output_dir!r} holds the checkpoints of another run: continue it with "
+            "--resume_from_checkpoint latest, or choose another --output_dir."
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
     state = TrainingState()
     transformer, loss_function, optimizer, train_loader = accelerator.prepare(
@@ -446,7 +466,9 @@ def main(args: argparse.Namespace) -> None:
         disable=not accelerator.is_local_main_process,
         mininterval=1,
     )
-    log_time, log_images, sums = time.monotonic(), state.images, {}
+    log_time, log_images = time.monotonic(), state.images
+    sums: dict[str, torch.Tensor] = {}
+    num_summed = 0
     done = progress()
     while done < 1:
         train_loader.set_epoch(state.epoch)
@@ -488,13 +510,10 @@ def main(args: argparse.Namespace) -> None:
                 optimizer.zero_grad()
 
             scheduler.update_training_losses(*accelerator.gather((sigmas, losses.sample_losses)))
-            values = {
-                "train/loss": losses.loss.detach(),
-                **{f"train/term_{k}": v for k, v in losses.terms.items()},
-            }
-            sums = {key: sums.get(key, 0) + value for key, value in values.items()} | {
-                "count": sums.get("count", 0) + 1
-            }
+            terms = {f"train/term_{name}": term for name, term in losses.terms.items()}
+            for name, value in {"train/loss": losses.loss.detach(), **terms}.items():
+                sums[name] = sums.get(name, 0) + value
+            num_summed += 1
             state.micro_step += 1
             if not accelerator.sync_gradients:
                 continue
@@ -505,16 +524,14 @@ def main(args: argparse.Namespace) -> None:
             done = progress()
             progress_bar.update()
             if state.step % args.logging_steps == 0 or done >= 1:
-                count = sums.pop("count")
-                means = {key: accelerator.reduce(value / count, "mean").item() for key, value in sums.items()}
+                values = {name: accelerator.reduce(x / num_summed, "mean").item() for name, x in sums.items()}
                 rate = (state.images - log_images) / (time.monotonic() - log_time)
                 factor = learning_rate_factor(args.lr_scheduler, done, state.step, args.lr_warmup_steps)
-                log(
-                    means
-                    | {"train/learning_rate": args.learning_rate * factor, "train/images_per_second": rate}
-                )
-                progress_bar.set_postfix(loss=f"{means['train/loss']:.3f}", images_per_second=f"{rate:.0f}")
-                log_time, log_images, sums = time.monotonic(), state.images, {}
+                values["train/learning_rate"] = args.learning_rate * factor
+                values["train/images_per_second"] = rate
+                log(values)
+                progress_bar.set_postfix(loss=f"{values['train/loss']:.3f}", images_per_second=f"{rate:.0f}")
+                log_time, log_images, num_summed, sums = time.monotonic(), state.images, 0, {}
             if state.step % args.validation_steps == 0 and done < 1:
                 validate()
             if state.step % args.preview_steps == 0 and done < 1:

@@ -8,8 +8,12 @@ Classifier-Free Guidance Weight Schedulers".
 This file travels inside every saved checkpoint: it imports PyTorch, diffusers and the standard library only.
 """
 
+import importlib
 import inspect
+import json
 import math
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,10 @@ GUIDANCE_SCHEDULES = ("adaptive", "constant", "interval", "original")
 # Multiplier of (guidance_scale - 1), linear in ln σ between these points: off while the composition forms,
 # standard while the class is decided, increased for its details, and off where only texture is left.
 ADAPTIVE_SCHEDULE = ((5.0, 0.0), (2.0, 1.0), (0.5, 1.0), (0.2, 1.5), (0.05, 1.5))
+
+
+# Modules of this package that define components.
+COMPONENT_MODULES = ("transformer_pet", "scheduling_adaptive_edm")
 
 
 def guidance_weight(
@@ -153,6 +161,56 @@ class PetDiffusionPipeline(DiffusionPipeline):
         if pretrained_model_name_or_path is None:
             pretrained_model_name_or_path = Path(__file__).parent / "pretrained"
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves `model_index.json` and, beside it, the source files of all classes that diffusers does not
+        have.
+
+        `save_pretrained` and `push_to_hub` call this before anything is uploaded. The folder can then be
+        loaded without this package, by `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
+
+        Args:
+            save_directory (`str` or `Path`): the folder of the pipeline.
+            push_to_hub (`bool`, defaults to `False`): not supported here; use `push_to_hub` of the pipeline.
+
+        Raises:
+            ValueError: if `push_to_hub` is asked for.
+        """
+        if push_to_hub:
+            raise ValueError("An index alone cannot be pushed; use `pipeline.push_to_hub(repo_id)`.")
+        super().save_config(save_directory, **kwargs)
+        folder = Path(save_directory)
+        index_path = folder / self.config_name
+        index = json.loads(index_path.read_text())
+        index["_class_name"] = [copy_source(type(self).__module__, folder), type(self).__name__]
+        for name in self.components:
+            library, class_name = index.get(name, (None, None))
+            if library is not None and library.partition(".")[0] != "diffusers":
+                index[name] = [copy_source(library, folder / name), class_name]
+        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    # With this package installed, its own classes are used and no code of a checkpoint is run: the names of
+    # source files in `model_index.json` are read as the modules of this package.
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
+        config = super()._dict_from_json_file(json_file)
+        if isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][1]
+        return config
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Loads `model_index.json`; see [`ConfigMixin.load_config`]."""
+        loaded = super().load_config(*args, **kwargs)
+        package = __name__.rpartition(".")[0]
+        if not package.startswith("diffusers_modules"):  # where diffusers puts the code of checkpoints
+            config = loaded[0] if isinstance(loaded, tuple) else loaded
+            for value in config.values():
+                stem = str(value[0]).rpartition(".")[2] if isinstance(value, list) and value else None
+                if stem in COMPONENT_MODULES:
+                    value[0] = importlib.import_module(f"{package}.{stem}").__name__
+        return loaded
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "PetDiffusionPipeline":
@@ -476,6 +534,15 @@ class PetDiffusionPipeline(DiffusionPipeline):
         # D = c_skip·x + c_out·F is inverted with the scheduler's own formula at F = 0 and F = 1.
         offset = precondition(torch.zeros_like(latents))
         return (denoised - offset) / (precondition(torch.ones_like(latents)) - offset)
+
+
+def copy_source(module_name: str, folder: Path) -> str:
+    """Copies the source file of a module into a folder and returns its stem, which the index names it by."""
+    source = Path(sys.modules[module_name].__file__)
+    target = folder / source.name
+    if not target.exists() or not target.samefile(source):
+        shutil.copyfile(source, target)
+    return source.stem
 
 
 def retrieve_timesteps(

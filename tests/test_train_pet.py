@@ -201,6 +201,8 @@ def test_bad_input_is_one_error_and_writes_nothing(image_folder, tmp_path, optio
         (["--max_train_steps", "0"], "--max_train_steps has to be positive"),
         (["--train_batch_size", "-1", "--max_train_steps", "1"], "--train_batch_size has to be positive"),
         (["--label_dropout", "2", "--max_train_steps", "1"], "--label_dropout"),
+        (["--model_config", "{num_layers: 1}"], "--model_config: is not JSON"),
+        (["--model_config", "[1]"], "has to be a JSON object"),
         ([], "one of --max_train_steps, --num_train_epochs and --max_train_minutes"),
     ],
 )
@@ -241,6 +243,40 @@ def test_overfitting_eight_images_reproduces_them(tmp_path):
     errors = (samples.unsqueeze(1) - known).square().mean((2, 3, 4)).min(1).values.sqrt()
     print(f"root mean square distance to the nearest of 8 training images: {errors.median():.3f} (median)")
     assert errors.median() < 0.1
+
+
+def test_a_finished_run_is_not_overwritten(finished_run, image_folder):
+    before = metrics(finished_run)
+    with pytest.raises(ValueError, match="holds the checkpoints of another run"):
+        train(image_folder, finished_run)
+    assert metrics(finished_run) == before
+
+
+def test_two_processes_train_together_and_one_writes(image_folder, tmp_path):
+    words = arguments(image_folder, tmp_path / "out", train_batch_size=4, gradient_accumulation_steps=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        [*command, str(ROOT / "train_pet.py"), *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Saved the pipeline") == 1
+    losses = [record for record in metrics(tmp_path / "out") if "train/loss" in record]
+    assert [record["images"] for record in losses] == [16, 32, 48, 64, 80, 96]
+    assert losses[-1]["train/learning_rate"] == 0
+    assert {path.name for path in (tmp_path / "out" / "checkpoint-6").glob("random_states_*")} == {
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    }
 
 
 def test_ema_follows_its_formula(image_folder, tmp_path):

@@ -1,0 +1,117 @@
+"""Saved pipelines in fresh processes, with this package and without it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import EDMEulerScheduler
+
+from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
+
+
+ROOT = Path(__file__).parent.parent
+GENERIC = """
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({!r}, trust_remote_code=True)
+"""
+INSTALLED = """
+from pet_pipeline import PetDiffusionPipeline
+pipe = PetDiffusionPipeline.from_pretrained({!r})
+"""
+DRAW = """
+import torch
+pipe.set_progress_bar_config(disable=True)
+print(type(pipe).__module__, type(pipe.transformer).__module__)
+generator = torch.Generator().manual_seed(0)
+print(pipe("dog", 3, generator=generator, output_type="pt").images.double().sum().item())
+"""
+
+
+def run(code: str, tmp_path: Path, with_package: bool) -> subprocess.CompletedProcess:
+    """Runs code in a process of its own, with an empty cache of remote code, with or without this package."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(ROOT)}
+    if not with_package:  # unavailable even where it is installed
+        code = "import sys\nsys.modules['pet_pipeline'] = None\n" + code
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def saved(pipeline, tmp_path) -> Path:
+    pipeline.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def image_sum(pipeline) -> float:
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("dog", 3, generator=generator, output_type="pt").images.double().sum().item()
+
+
+def test_a_saved_folder_has_weights_code_and_json_only(saved):
+    files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    assert files == {
+        "model_index.json",
+        "pipeline_pet_diffusion.py",
+        "scheduler/scheduler_config.json",
+        "scheduler/scheduling_adaptive_edm.py",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "transformer/transformer_pet.py",
+    }
+    index = json.loads((saved / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline_pet_diffusion", "PetDiffusionPipeline"]
+    assert index["transformer"] == ["transformer_pet", "PetTransformer2DModel"]
+
+
+def test_without_the_package(saved, pipeline, tmp_path):
+    # Loads, draws, saves again; the second folder is as good as the first.
+    code = GENERIC.format(str(saved)) + DRAW + f"pipe.save_pretrained({str(tmp_path / 'again')!r})\n"
+    first = run(code, tmp_path, with_package=False)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("diffusers_modules.") and "pet_pipeline" not in first.stdout
+    second = run(GENERIC.format(str(tmp_path / "again")) + DRAW, tmp_path, with_package=False)
+    assert second.returncode == 0, second.stderr
+    for result in (first, second):
+        assert float(result.stdout.split()[-1]) == pytest.approx(image_sum(pipeline), rel=1e-5)
+
+
+def test_with_the_package_no_code_of_the_checkpoint_runs(saved, pipeline, tmp_path):
+    for path in saved.rglob("*.py"):
+        path.write_text("raise SystemExit('code of the checkpoint was run')\n")
+    result = run(INSTALLED.format(str(saved)) + DRAW, tmp_path, with_package=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[:2] == [
+        "pet_pipeline.pipeline_pet_diffusion",
+        "pet_pipeline.transformer_pet",
+    ]
+    assert float(result.stdout.split()[-1]) == pytest.approx(image_sum(pipeline), rel=1e-5)
+
+
+def test_strange_components_ask_for_trust(saved):
+    index = json.loads((saved / "model_index.json").read_text())
+    index["scheduler"] = ["evil", "Scheduler"]
+    (saved / "model_index.json").write_text(json.dumps(index))
+    (saved / "scheduler" / "evil.py").write_text("raise SystemExit('code of the checkpoint was run')\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        PetDiffusionPipeline.from_pretrained(saved)
+
+
+def test_another_scheduler_is_saved_and_loaded(pipeline, tmp_path):
+    pipeline.scheduler = EDMEulerScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path / "euler")
+    assert type(PetDiffusionPipeline.from_pretrained(tmp_path / "euler").scheduler) is EDMEulerScheduler
+    result = run(GENERIC.format(str(tmp_path / "euler")) + DRAW, tmp_path, with_package=False)
+    assert result.returncode == 0, result.stderr
+    pipeline.scheduler = AdaptiveEDMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path / "euler")  # over the other
+    assert type(PetDiffusionPipeline.from_pretrained(tmp_path / "euler").scheduler) is AdaptiveEDMScheduler
