@@ -33,7 +33,7 @@ from pet_pipeline import (
     PetDiffusionPipeline,
     PetTransformer2DModel,
 )
-from pet_pipeline.checkpointing import find_checkpoint, list_checkpoints, save_checkpoint
+from pet_pipeline.checkpointing import checkpoint_step, find_checkpoint, list_checkpoints, save_checkpoint
 from pet_pipeline.data import (
     ImageDataset,
     load_image_dataset,
@@ -82,7 +82,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--model_config", type=json_object, default={}, help="JSON of arguments that override the preset's"
     )
     group.add_argument(
-        "--pretrained_model_name_or_path", help="start from the weights of this saved pipeline"
+        "--pretrained_model_name_or_path",
+        help="start from this saved pipeline, its weights and its noise levels, instead of a preset",
     )
     group.add_argument("--gradient_checkpointing", action=flag, default=False, help="less memory, more time")
 
@@ -126,7 +127,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--lr_scheduler",
         choices=["constant", "linear", "cosine", "trapezoid"],
         default="cosine",
-        help="decay of the learning rates after warm-up; all but `constant` end at exactly zero",
+        help="decay of the learning rates; after the last step all but `constant` are exactly zero",
     )
     group.add_argument("--lr_warmup_steps", type=int, default=50, help="optimizer steps of warm-up")
     group.add_argument("--weight_decay", type=float, default=0.0, help="decoupled weight decay")
@@ -203,6 +204,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--label_dropout has to be in [0, 1], but is {args.label_dropout}")
     if args.max_train_steps is None and args.num_train_epochs is None and args.max_train_minutes is None:
         parser.error("one of --max_train_steps, --num_train_epochs and --max_train_minutes is needed")
+    if args.pretrained_model_name_or_path is not None and args.model_config:
+        parser.error(
+            "--model_config describes a new model; it has no use with --pretrained_model_name_or_path"
+        )
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         parser.error("--mixed_precision fp16 needs a GPU; use bf16 or no")
     return args
@@ -217,6 +222,20 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"has to be a JSON object, but is {text}")
     return value
+
+
+def check_classes(pipeline: PetDiffusionPipeline, class_names: list[str]) -> None:
+    """Raises `ValueError` if a saved pipeline cannot be trained further on these classes."""
+    num_classes = pipeline.transformer.config.num_classes
+    if num_classes != len(class_names):
+        raise ValueError(
+            f"The saved model has {num_classes} classes, but --classes names {len(class_names)}."
+        )
+    known = [pipeline.id2label.get(index) for index in range(num_classes)]
+    if known != class_names and set(known) == set(class_names):
+        raise ValueError(
+            f"The saved model has the classes in the order {', '.join(known)}; name them in that order."
+        )
 
 
 def automatic_precision() -> str:
@@ -244,7 +263,8 @@ class TrainingState:
         vars(self).update(state_dict)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, state: TrainingState) -> None:
+    """Trains, from the first step or a checkpoint, and saves; `state` says at any time how far it is."""
     # 1. Accelerate, randomness, output folder
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
@@ -291,27 +311,22 @@ def main(args: argparse.Namespace) -> None:
 
     # 3. Model, scheduler, loss, optimizer, EMA
     num_classes = len(dataset.class_names)
+    scheduler_config = {
+        "adaptive": args.noise_schedule == "adaptive",
+        "p_mean": args.p_mean,
+        "p_std": args.p_std,
+    }
     if args.pretrained_model_name_or_path is not None:
-        transformer = PetTransformer2DModel.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="transformer"
-        )
-        if transformer.config.num_classes != num_classes:
-            raise ValueError(
-                f"The model in {args.pretrained_model_name_or_path!r} has {transformer.config.num_classes} "
-                f"classes, but --classes names {num_classes}."
-            )
-        transformer.to(torch.float32)
+        pretrained = PetDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
+        check_classes(pretrained, dataset.class_names)
+        transformer = pretrained.transformer.train()
+        scheduler = AdaptiveEDMScheduler.from_config(pretrained.scheduler.config, **scheduler_config)
     else:
         model_config = {"sample_size": args.resolution, "num_classes": num_classes, **args.model_config}
         transformer = PetTransformer2DModel.from_preset(args.preset, **model_config)
+        scheduler = AdaptiveEDMScheduler(prediction_type=args.prediction_type, **scheduler_config)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    scheduler = AdaptiveEDMScheduler(
-        adaptive=args.noise_schedule == "adaptive",
-        p_mean=args.p_mean,
-        p_std=args.p_std,
-        prediction_type=args.prediction_type,
-    )
     loss_function = BalancedAdaptiveLoss(
         args.loss, sigma_data=scheduler.config.sigma_data, learned_weighting=args.learned_weighting
     )
@@ -343,21 +358,25 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = None
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+        step = checkpoint_step(checkpoint)
+        later = [path.name for path in list_checkpoints(output_dir) if checkpoint_step(path) > step]
+        if later:
+            raise ValueError(
+                f"{args.output_dir!r} holds later checkpoints than the one to resume from: {', '.join(later)}. "
+                "Move them away, or choose another --output_dir."
+            )
     elif list_checkpoints(output_dir):
         raise ValueError(
             f"{args.output_dir!r} holds the checkpoints of another run: continue it with "
             "--resume_from_checkpoint latest, or choose another --output_dir."
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    state = TrainingState()
     transformer, loss_function, optimizer, train_loader = accelerator.prepare(
         transformer, loss_function, optimizer, train_loader
     )
-    ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema, scheduler, state)
 
     # 4. Length of the training, and where it starts
-    images_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     limits = [args.max_train_steps] if args.max_train_steps is not None else []
     if args.num_train_epochs is not None:
         limits.append(math.ceil(args.num_train_epochs * len(train_loader) / args.gradient_accumulation_steps))
@@ -372,6 +391,7 @@ def main(args: argparse.Namespace) -> None:
         accelerator.print(f"Resumed at step {state.step:,} after {state.images:,} images.")
     else:
         set_seed(args.seed, device_specific=True)
+    ema.to(accelerator.device)  # loading leaves it on the CPU
     if accelerator.is_main_process:
         samples_dir.mkdir(exist_ok=True)
         # A resumed run writes again what came after its checkpoint.
@@ -515,12 +535,12 @@ def main(args: argparse.Namespace) -> None:
                 sums[name] = sums.get(name, 0) + value
             num_summed += 1
             state.micro_step += 1
+            state.images += len(labels) * accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue
 
             ema.step(accelerator.unwrap_model(transformer).parameters())
             state.step += 1
-            state.images += images_per_step
             done = progress()
             progress_bar.update()
             if state.step % args.logging_steps == 0 or done >= 1:
@@ -560,8 +580,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
+    arguments, training_state = parse_args(), TrainingState()
     try:
-        main(arguments)
+        main(arguments, training_state)
     except (ValueError, OSError) as error:
+        if training_state.step > 0:  # no mistake of the user, who needs the traceback
+            raise
         sys.exit(f"train_pet.py: {error}")

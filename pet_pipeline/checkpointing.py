@@ -14,10 +14,15 @@ from accelerate import Accelerator
 PREFIX = "checkpoint-"
 
 
+def checkpoint_step(path: Path) -> int:
+    """Returns the number of optimizer steps in a checkpoint's name."""
+    return int(path.name.removeprefix(PREFIX))
+
+
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Returns the checkpoint folders in `output_dir`, oldest first."""
     found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    return sorted(found, key=checkpoint_step)
 
 
 def save_checkpoint(
@@ -63,7 +68,7 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path
             raise ValueError(f"There is no checkpoint in {str(output_dir)!r} to resume from.")
         return checkpoints[-1]
     for path in (Path(output_dir) / resume_from_checkpoint, Path(resume_from_checkpoint)):
-        if path.is_dir():
+        if path in list_checkpoints(path.parent):
             return path
     raise ValueError(
         f"There is no checkpoint {resume_from_checkpoint!r}, neither in {str(output_dir)!r} nor as a path."

@@ -72,7 +72,7 @@ def load_image_dataset(
         image_column (`str`, *optional*), label_column (`str`, *optional*): found by their feature types when
             `None`.
         cache_dir (`str`, *optional*): where `datasets` keeps its cache.
-        max_samples (`int`, *optional*): keep at most this many images, the same share of each class.
+        max_samples (`int`, *optional*): keep this many images, as many of each class, at least one.
 
     Returns:
         [`ImageDataset`]

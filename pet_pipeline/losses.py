@@ -33,7 +33,8 @@ class BalancedAdaptiveLossOutput(BaseOutput):
         sample_losses (`torch.Tensor` of shape `(batch,)`): each sample's loss with the learned weight,
             without the importance weight and detached: what [`AdaptiveEDMScheduler.update_training_losses`]
             takes.
-        terms (`dict[str, torch.Tensor]`): the mean of each term before any weight, detached, for the log.
+        terms (`dict[str, torch.Tensor]`): the mean of each term, with the importance weights alone, so that
+            runs with and without an adaptive draw compare; detached, for the log.
     """
 
     loss: torch.Tensor
@@ -132,7 +133,10 @@ class BalancedAdaptiveLoss(nn.Module):
         return BalancedAdaptiveLossOutput(
             loss=loss,
             sample_losses=weighted.detach(),
-            terms={name: term.detach().mean() for name, term in terms.items()},
+            terms={
+                name: (term.detach() if weights is None else term.detach() * weights).mean()
+                for name, term in terms.items()
+            },
         )
 
     def _log_weight(self, sigmas: torch.Tensor) -> torch.Tensor:

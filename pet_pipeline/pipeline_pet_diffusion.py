@@ -15,6 +15,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,13 @@ from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+
+logger = logging.get_logger(__name__)
 
 GUIDANCE_SCHEDULES = ("adaptive", "constant", "interval", "original")
 
@@ -182,7 +187,8 @@ class PetDiffusionPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         index_path = folder / self.config_name
         index = json.loads(index_path.read_text())
-        index["_class_name"] = [copy_source(type(self).__module__, folder), type(self).__name__]
+        stem = copy_source(type(self).__module__, folder)
+        index["_class_name"] = [stem, type(self).__name__]
         for name in self.components:
             library, class_name = index.get(name, (None, None))
             if library is not None and library.partition(".")[0] != "diffusers":
@@ -222,7 +228,10 @@ class PetDiffusionPipeline(DiffusionPipeline):
         """
         # `DiffusionPipeline.from_pipe` would take over models of exactly the annotated class only, and cast
         # to float32.
-        kwargs = {"transformer": pipeline.transformer, "dtype": pipeline.dtype, **kwargs}
+        if "transformer" not in kwargs:
+            kwargs["transformer"] = pipeline.transformer
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", pipeline.dtype)
         return super().from_pipe(pipeline, **kwargs)
 
     @property
@@ -244,7 +253,8 @@ class PetDiffusionPipeline(DiffusionPipeline):
     def do_classifier_free_guidance(self) -> bool:
         """Whether the current call may need unconditional evaluations."""
         return (
-            callable(self._guidance_schedule)
+            self.guider is not None
+            or callable(self._guidance_schedule)
             or self._guidance_schedule == "original"
             or self._guidance_scale != 1
         )
@@ -255,7 +265,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
         Raises:
             ValueError: if a name is unknown or an id out of range.
         """
-        if isinstance(class_labels, torch.Tensor):
+        if hasattr(class_labels, "tolist"):  # tensors and arrays
             class_labels = class_labels.tolist()
         if isinstance(class_labels, (list, tuple)):
             return [label_id for label in class_labels for label_id in self.get_label_ids(label)]
@@ -375,7 +385,8 @@ class PetDiffusionPipeline(DiffusionPipeline):
             num_inference_steps (`int`, defaults to 18): denoising steps.
             sigmas (`list[float]` or `torch.Tensor`, *optional*): noise levels to use instead, strictly
                 decreasing.
-            guidance_scale (`float`, defaults to 1.5): strength of the guidance; 1 turns it off.
+            guidance_scale (`float`, defaults to 1.5): strength of the guidance. At 1 the named schedules but
+                `"original"` do without; at 0 `"constant"` samples from the null class.
             guidance_schedule (`str` or callable, defaults to `"adaptive"`): how the strength varies with the
                 noise level σ: `"adaptive"`, `"constant"`, `"interval"`, `"original"`, or a function σ → w.
                 See [`guidance_weight`].
@@ -537,8 +548,16 @@ class PetDiffusionPipeline(DiffusionPipeline):
 
 
 def copy_source(module_name: str, folder: Path) -> str:
-    """Copies the source file of a module into a folder and returns its stem, which the index names it by."""
-    source = Path(sys.modules[module_name].__file__)
+    """Copies the source file of a module into a folder and returns its stem, which the index names it by.
+
+    A module without a source file, such as a notebook, keeps its own name; its classes load with it alone.
+    """
+    source = Path(getattr(sys.modules[module_name], "__file__", None) or "")
+    if not source.is_file():
+        logger.warning(
+            f"{module_name} has no source file to save, so the folder cannot be loaded without it."
+        )
+        return module_name
     target = folder / source.name
     if not target.exists() or not target.samefile(source):
         shutil.copyfile(source, target)
@@ -560,22 +579,21 @@ def retrieve_timesteps(
     """
     if sigmas is None:
         if (
-            isinstance(num_inference_steps, bool)
-            or not isinstance(num_inference_steps, int)
+            not isinstance(num_inference_steps, Integral)
+            or num_inference_steps is True
             or num_inference_steps < 1
         ):
             raise ValueError(
                 f"`num_inference_steps` has to be a positive integer, but is {num_inference_steps!r}."
             )
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        scheduler.set_timesteps(int(num_inference_steps), device=device)
         return scheduler.timesteps
-    sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
-    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-        scheduler.set_timesteps(sigmas=sigmas, device=device)
-        # EDMEulerScheduler takes `sigmas`, but as positions on its own ramp.
-        if scheduler.sigmas[0] == sigmas[0]:
-            return scheduler.timesteps
-    raise ValueError(
-        f"The scheduler class {type(scheduler).__name__} does not use custom `sigmas` as they are given; "
-        "pass `num_inference_steps`, or use AdaptiveEDMScheduler."
-    )
+    takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    # EDMEulerScheduler takes them, but as positions on its own ramp.
+    if not takes_sigmas or isinstance(scheduler, EDMEulerScheduler):
+        raise ValueError(
+            f"The scheduler class {type(scheduler).__name__} does not use custom `sigmas` as they are given; "
+            "pass `num_inference_steps`, or use AdaptiveEDMScheduler."
+        )
+    scheduler.set_timesteps(sigmas=sigmas, device=device)
+    return scheduler.timesteps

@@ -10,6 +10,7 @@ This file travels inside every saved checkpoint: it imports PyTorch, diffusers a
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -53,7 +54,8 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
 
     The network $F$ is wrapped as $D(x; \sigma) = c_{skip} x + c_{out} F(c_{in} x; c_{noise})$ (Karras et al.
     2022, equation 7 and table 1) and called with `timestep` = $c_{noise} = \ln(\sigma) / 4$. Names and values
-    are those of `EDMEulerScheduler` and `EDMDPMSolverMultistepScheduler`, so the three are interchangeable.
+    are those of `EDMEulerScheduler` and `EDMDPMSolverMultistepScheduler`, so the three can take each other's
+    place; only `init_noise_sigma` differs, √(σ_max² + σ_data²) here and √(σ_max² + 1) there.
 
     Args:
         sigma_min (`float`, defaults to 0.002): smallest noise level of the sampling grid.
@@ -147,8 +149,8 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         self._set_grid(self._grid(num_train_timesteps))
 
     def precondition_inputs(self, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """Returns c_in·x, the network's input of unit variance."""
-        return sample / (_like(sigma, sample) ** 2 + self.config.sigma_data**2) ** 0.5
+        """Returns c_in·x, the network's input of unit variance, in the dtype of `sample`."""
+        return (sample / (_like(sigma, sample) ** 2 + self.config.sigma_data**2) ** 0.5).to(sample.dtype)
 
     def precondition_noise(self, sigma: float | torch.Tensor) -> torch.Tensor:
         """Returns c_noise = ln(σ)/4, the network's `timestep`."""
@@ -193,7 +195,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
             timesteps (`float` or `torch.Tensor` of shape `(batch,)`): c_noise = ln(σ)/4.
         """
         sigma = (4 * torch.as_tensor(timesteps, dtype=torch.float32)).exp()
-        return original_samples + _like(sigma, original_samples) * noise
+        return (original_samples + _like(sigma, original_samples) * noise).to(original_samples.dtype)
 
     @property
     def order(self) -> int:
@@ -254,11 +256,15 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
                     f"`sigmas` has to be positive, finite and strictly decreasing, but is {sigmas.tolist()}."
                 )
         else:
-            if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            if (
+                not isinstance(num_inference_steps, Integral)
+                or num_inference_steps is True
+                or num_inference_steps < 1
+            ):
                 raise ValueError(
                     f"`num_inference_steps` has to be a positive integer, but is {num_inference_steps!r}."
                 )
-            sigmas, final_sigma = self._grid(num_inference_steps), None
+            sigmas, final_sigma = self._grid(int(num_inference_steps)), None
         self.num_inference_steps = len(sigmas)
         self._set_grid(sigmas, final_sigma, device)
 
@@ -378,6 +384,8 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
             prev_sample = prev_sample + (raised**2 - target**2).sqrt() * self.config.s_noise * noise
 
         self._step_index += 1
+        if self._step_index == len(self.timesteps):
+            self._previous = {}
         prev_sample, denoised = prev_sample.to(dtype), denoised.to(dtype)
         if not return_dict:
             return (prev_sample, denoised)
@@ -423,13 +431,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         edges = probabilities.cumsum(0)
         bins = torch.searchsorted(edges, strata, right=True).clamp(max=num_bins - 1)
         inside = ((strata - (edges - probabilities)[bins]) / probabilities[bins]).clamp(0, 1)
-        quantiles = (bins + inside).double() / num_bins
-        low, high = self._proposal_range()
-        log_sigmas = self.config.p_mean + self.config.p_std * torch.special.ndtri(
-            low + (high - low) * quantiles
-        )
-        # Clamped against rounding at the ends of the range, where the inverse normal is steep.
-        sigmas = log_sigmas.exp().float().clamp(self.config.sigma_min, self.config.sigma_max)
+        sigmas = self._proposal_quantile((bins + inside) / num_bins)
         return TrainingSigmas(sigmas=sigmas, weights=1 / (num_bins * probabilities[bins]))
 
     def update_training_losses(self, sigmas: torch.Tensor, losses: torch.Tensor) -> None:
@@ -440,28 +442,30 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
             losses (`torch.Tensor` of shape `(batch,)`): their losses as they enter the objective, importance
                 weights aside. Non-finite ones are left out.
         """
-        losses, sigmas = losses.detach().float(), sigmas.detach()
-        finite = losses.isfinite()
-        low, high = self._proposal_range()
-        z_scores = (sigmas[finite].double().log() - self.config.p_mean) / self.config.p_std
-        quantiles = (torch.special.ndtr(z_scores) - low) / (high - low)
         num_bins = self.config.num_bins
-        bins = (quantiles * num_bins).long().clamp(0, num_bins - 1)
-        squares = losses[finite] ** 2
+        edges = self._proposal_quantile(torch.arange(1, num_bins, device=sigmas.device) / num_bins)
+        bins = torch.bucketize(sigmas.detach().float(), edges)
+        squares = losses.detach().float() ** 2
+        # No data-dependent shapes and no questions to the data: on a GPU this does not wait for it.
+        counted = squares.isfinite().float()
+        squares = torch.where(counted > 0, squares, 0.0)
         decay = self.config.adaptive_decay
         self._bin_square_sums = (decay * self._bin_square_sums.to(squares)).index_add(0, bins, squares)
-        self._bin_counts = (decay * self._bin_counts.to(squares)).index_add(0, bins, torch.ones_like(squares))
+        self._bin_counts = (decay * self._bin_counts.to(squares)).index_add(0, bins, counted)
 
     @property
     def bin_probabilities(self) -> torch.Tensor:
         """Probability of each bin in the next training draw, of shape `(num_bins,)`; sums to 1."""
-        num_bins = self.config.num_bins
+        uniform = torch.full_like(self._bin_counts, 1 / self.config.num_bins)
+        if not self.config.adaptive:
+            return uniform
+        tiny = torch.finfo(torch.float32).tiny
         observed = self._bin_counts > 0
-        if not self.config.adaptive or not (self._bin_square_sums > 0).any():
-            return torch.full((num_bins,), 1 / num_bins)
-        roots = (self._bin_square_sums / self._bin_counts.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
-        roots = torch.where(observed, roots, roots[observed].mean())
-        return (1 / num_bins + roots / roots.sum()) / 2
+        roots = torch.where(observed, (self._bin_square_sums / self._bin_counts.clamp(min=tiny)).sqrt(), 0.0)
+        # Bins without a sample so far take the mean of the others.
+        roots = torch.where(observed, roots, roots.sum() / observed.sum().clamp(min=1))
+        total = roots.sum()
+        return (uniform + torch.where(total > 0, roots / total.clamp(min=tiny), uniform)) / 2
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Returns the state of the adaptive draw, to be kept in a training checkpoint."""
@@ -483,13 +487,15 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         self._bin_square_sums = state_dict["bin_square_sums"].clone()
         self._bin_counts = state_dict["bin_counts"].clone()
 
-    def _proposal_range(self) -> tuple[float, float]:
-        """Quantiles of `sigma_min` and `sigma_max` in the untruncated log-normal."""
-        low, high = (
-            math.erfc((self.config.p_mean - math.log(sigma)) / self.config.p_std / 2**0.5) / 2
-            for sigma in (self.config.sigma_min, self.config.sigma_max)
+    def _proposal_quantile(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Returns the levels below which the truncated log-normal proposal has the given probabilities."""
+        mean, std, sigma_min, sigma_max = (
+            self.config[name] for name in ("p_mean", "p_std", "sigma_min", "sigma_max")
         )
-        return low, high
+        low, high = (math.erf((math.log(sigma) - mean) / std / 2**0.5) for sigma in (sigma_min, sigma_max))
+        z_scores = 2**0.5 * torch.erfinv(low + (high - low) * probabilities)
+        # Clamped against rounding at the ends, where the inverse is steep.
+        return (mean + std * z_scores).exp().clamp(sigma_min, sigma_max)
 
 
 def _like(sigma: float | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ it at patch resolution.
 This file travels inside every saved checkpoint: it imports PyTorch, diffusers and the standard library only.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import RMSNorm
 from torch import nn
+from torch.amp import is_autocast_available
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -113,7 +115,11 @@ def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     """
     # Autocast would send float32 matrix products back to 16 bits, where a sum over many tokens loses its
     # small terms.
-    with torch.autocast(query.device.type, enabled=False):
+    device_type = query.device.type
+    exact = (
+        torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()
+    )
+    with exact:
         query, key, value = F.relu(query.float()), F.relu(key.float()), value.float()
         key = key / key.shape[-2]  # a mean instead of a sum: the same ratio, at any number of tokens in range
         state = key.transpose(-1, -2) @ value  # (..., D, D)
@@ -222,16 +228,13 @@ class PetDecoder(nn.Module):
 
     Args:
         dim (`int`): channels of the tokens.
-        in_channels (`int`): channels of the noisy image.
-        out_channels (`int`): channels of the prediction.
+        in_channels (`int`): channels of the image.
         patch_size (`int`): pixels per token side.
         channels (`int`): width of the decoder.
         num_layers (`int`): residual blocks.
     """
 
-    def __init__(
-        self, dim: int, in_channels: int, out_channels: int, patch_size: int, channels: int, num_layers: int
-    ) -> None:
+    def __init__(self, dim: int, in_channels: int, patch_size: int, channels: int, num_layers: int) -> None:
         super().__init__()
         self.pixel_factor = 2 if patch_size % 2 == 0 else 1
         self.token_factor = patch_size // self.pixel_factor
@@ -239,7 +242,7 @@ class PetDecoder(nn.Module):
         self.conv_skip = nn.Conv2d(in_channels * self.pixel_factor**2, channels, 3, padding=1)
         self.blocks = nn.ModuleList([PetResidualBlock(channels) for _ in range(num_layers)])
         self.norm_out = nn.GroupNorm(num_groups(channels), channels)
-        self.conv_out = nn.Conv2d(channels, out_channels * self.pixel_factor**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, in_channels * self.pixel_factor**2, 3, padding=1)
 
     def forward(self, tokens: torch.Tensor, image: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Decodes `(batch, height * width, dim)` tokens beside the `(batch, in_channels, H, W)` image to
@@ -280,8 +283,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         sample_size (`int`, defaults to 32): height and width of the training images in pixels. Other
             multiples of the patch size can be denoised too: positions are computed, scaled to the training
             grid.
-        in_channels (`int`, defaults to 3): channels of the noisy image.
-        out_channels (`int`, *optional*): channels of the prediction; `in_channels` when `None`.
+        in_channels (`int`, defaults to 3): channels of the noisy image and of the prediction.
         num_classes (`int`, defaults to 2): classes, the null class not counted.
         patch_size (`int`, defaults to 4): pixels per token side; has to divide `sample_size`.
         num_layers (`int`, defaults to 8): transformer blocks.
@@ -313,7 +315,6 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self,
         sample_size: int = 32,
         in_channels: int = 3,
-        out_channels: int | None = None,
         num_classes: int = 2,
         patch_size: int = 4,
         num_layers: int = 8,
@@ -340,8 +341,6 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             value = getattr(self.config, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` has to be a positive integer, but is {value!r}.")
-        if out_channels is not None and (not isinstance(out_channels, int) or out_channels < 1):
-            raise ValueError(f"`out_channels` has to be a positive integer or None, but is {out_channels!r}.")
         if not isinstance(decoder_layers, int) or decoder_layers < 0:
             raise ValueError(f"`decoder_layers` has to be a non-negative integer, but is {decoder_layers!r}.")
         if sample_size % patch_size:
@@ -360,7 +359,6 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 "`num_attention_heads` × `attention_head_dim` has to be a multiple of 4 for 2D sinusoidal "
                 f"positions, but is {inner_dim}."
             )
-        self.out_channels = out_channels or in_channels
         self.gradient_checkpointing = False
 
         # Positions are added in `forward`: as a buffer they would be rounded by `.to(torch.bfloat16)`, but
@@ -387,11 +385,9 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
         self.norm_out = nn.LayerNorm(inner_dim, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(inner_dim, 2 * inner_dim)
-        self.proj_out = nn.Linear(inner_dim, patch_size**2 * self.out_channels)
+        self.proj_out = nn.Linear(inner_dim, patch_size**2 * in_channels)
         self.decoder = (
-            PetDecoder(
-                inner_dim, in_channels, self.out_channels, patch_size, decoder_channels, decoder_layers
-            )
+            PetDecoder(inner_dim, in_channels, patch_size, decoder_channels, decoder_layers)
             if decoder_layers
             else None
         )
@@ -468,7 +464,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return_dict (`bool`, defaults to `True`): return a `Transformer2DModelOutput` instead of a tuple.
 
         Returns:
-            `Transformer2DModelOutput` or `tuple`: `sample` of shape `(batch, out_channels, height, width)`.
+            `Transformer2DModelOutput` or `tuple`: `sample` of shape `(batch, in_channels, height, width)`.
 
         Raises:
             ValueError: if the image does not have the model's channels or is not a whole number of patches.
@@ -497,7 +493,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if class_labels is None:
             class_labels = torch.full((1,), self.config.num_classes, device=hidden_states.device)
         class_labels = torch.as_tensor(class_labels, device=hidden_states.device).reshape(-1).expand(batch)
-        conditioning = conditioning + self.class_embedding(class_labels).to(conditioning.dtype)  # (N, D)
+        conditioning = conditioning + self.class_embedding(class_labels).to(conditioning)  # (N, D)
 
         hidden_states = self.patch_embed(hidden_states)  # (N, T, D)
         positions = self.position_embedding(height, width, hidden_states.device)
@@ -515,11 +511,14 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if self.config.long_skips and index < num_layers // 2:
                 skips.append(hidden_states)
 
-        shift, scale = self.modulation_out(F.silu(conditioning)).unsqueeze(1).chunk(2, dim=-1)
-        hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
+        # `.to`: a device map may put what meets here on several devices.
+        hidden_states = self.norm_out(hidden_states)
+        modulation = self.modulation_out(F.silu(conditioning)).to(hidden_states.device)
+        shift, scale = modulation.unsqueeze(1).chunk(2, dim=-1)
+        hidden_states = hidden_states * (1 + scale) + shift
         sample = F.pixel_shuffle(tokens_to_grid(self.proj_out(hidden_states), height, width), patch_size)
         if self.decoder is not None:
-            sample = sample + self.decoder(hidden_states, image, height, width)
+            sample = sample + self.decoder(hidden_states, image, height, width).to(sample.device)
 
         if not return_dict:
             return (sample,)

@@ -30,6 +30,7 @@ def test_labels_in_every_form(pipeline):
         ([[1], ["cat", "dog"]], [1, 0, 1]),
         (torch.tensor([[1], [0]]), [1, 0]),
         (np.int64(1), [1]),
+        (np.array([1, 0]), [1, 0]),
     ]:
         assert pipeline.get_label_ids(labels) == expected
     for labels, message in [
@@ -275,6 +276,10 @@ def test_schedulers_of_diffusers_take_the_place_of_ours(pipeline, scheduler_clas
 def test_explicit_sigmas(pipeline):
     pipeline("cat", sigmas=[40.0, 5.0, 1.0, 0.1])
     assert pipeline.num_timesteps == 4
+    pipeline.scheduler = AdaptiveEDMScheduler(solver="heun", s_churn=10.0)
+    pipeline("cat", sigmas=torch.tensor([40.0, 5.0, 1.0, 0.1]))
+    assert pipeline.num_timesteps == 7
+    pipeline("cat", num_inference_steps=np.int64(2))
 
 
 def test_guiders_of_diffusers(pipeline):
@@ -288,6 +293,7 @@ def test_guiders_of_diffusers(pipeline):
     pipeline.guider = AdaptiveProjectedGuidance(guidance_scale=2.5)
     projected = pipeline("cat", generator=generators(0), **settings)
     assert projected.images.isfinite().all() and not torch.equal(projected.images, guided.images)
+    assert pipeline.do_classifier_free_guidance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -307,6 +313,8 @@ def test_from_pipe_shares_components(pipeline):
     other = PetDiffusionPipeline.from_pipe(pipeline)
     assert other.dtype == torch.bfloat16
     assert other.transformer is pipeline.transformer and other.id2label == pipeline.id2label
+    replaced = PetDiffusionPipeline.from_pipe(pipeline, transformer=random_model(), torch_dtype=torch.float32)
+    assert replaced.dtype == torch.float32 and replaced.transformer is not pipeline.transformer
 
 
 @pytest.mark.parametrize(

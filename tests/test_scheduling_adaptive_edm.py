@@ -231,3 +231,17 @@ def test_config_round_trip(tmp_path):
     loaded = AdaptiveEDMScheduler.from_pretrained(tmp_path)
     for name in ("solver", "s_churn", "p_mean", "rho", "num_bins"):
         assert loaded.config[name] == scheduler.config[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_samples_keep_their_dtype(dtype):
+    scheduler = AdaptiveEDMScheduler()
+    scheduler.set_timesteps(4)
+    x, noise = torch.randn(2, 2, 3, 8, 8).to(dtype).unbind(0)
+    for timestep in (scheduler.timesteps[1], scheduler.timesteps[:2]):
+        assert scheduler.add_noise(x, noise, timestep).dtype == dtype
+    assert scheduler.precondition_inputs(x, torch.tensor([1.0, 2.0])).dtype == dtype
+    for timestep in scheduler.timesteps:
+        output = scheduler.step(scheduler.scale_model_input(x, timestep), timestep, x)
+        assert output.prev_sample.dtype == output.pred_original_sample.dtype == dtype
+    assert not scheduler._previous  # nothing is kept after the last step

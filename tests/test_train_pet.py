@@ -65,7 +65,8 @@ def launch(words: list[str]) -> subprocess.CompletedProcess:
 
 def train(image_folder, output_dir, **options) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
-    train_pet.main(train_pet.parse_args(arguments(image_folder, output_dir, **options)))
+    words = arguments(image_folder, output_dir, **options)
+    train_pet.main(train_pet.parse_args(words), train_pet.TrainingState())
 
 
 def metrics(output_dir) -> list[dict]:
@@ -171,12 +172,17 @@ def test_other_classes_losses_and_optimizers(image_folder, tmp_path):
 
 def test_fine_tuning_starts_from_saved_weights(finished_run, image_folder, tmp_path):
     options = {"pretrained_model_name_or_path": finished_run, "max_train_steps": 1, "learning_rate": 0}
+    options["model_config"] = None
     train(image_folder, tmp_path / "out", muon_learning_rate=0, **options)
     name = Path("transformer") / "diffusion_pytorch_model.safetensors"
     before, after = load_file(finished_run / name), load_file(tmp_path / "out" / name)
     assert all(torch.equal(before[key], after[key]) for key in before)
-    with pytest.raises(ValueError, match="2 classes, but --classes names 3"):
-        train(image_folder, tmp_path / "other", classes=["all"], **options)
+    for classes, message in (
+        (["all"], "2 classes, but --classes names 3"),
+        (["dog", "cat"], "order cat, dog"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(image_folder, tmp_path / "other", classes=classes, **options)
     assert not (tmp_path / "other").exists()
 
 
@@ -277,6 +283,12 @@ def test_two_processes_train_together_and_one_writes(image_folder, tmp_path):
         "random_states_0.pkl",
         "random_states_1.pkl",
     }
+
+
+def test_resuming_before_later_checkpoints_is_refused(finished_run, image_folder):
+    with pytest.raises(ValueError, match="holds later checkpoints than the one to resume from: checkpoint-6"):
+        train(image_folder, finished_run, resume_from_checkpoint="checkpoint-3")
+    assert [path.name for path in list_checkpoints(finished_run)] == ["checkpoint-3", "checkpoint-6"]
 
 
 def test_ema_follows_its_formula(image_folder, tmp_path):

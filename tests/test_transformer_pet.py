@@ -31,7 +31,7 @@ def test_linear_attention_equals_its_quadratic_formula():
         ({}, 8),
         ({"sample_size": 16, "patch_size": 2}, 16),
         ({"sample_size": 9, "patch_size": 3, "in_channels": 1, "num_classes": 100}, 9),
-        ({"in_channels": 4, "out_channels": 8, "num_classes": 1}, 8),
+        ({"in_channels": 4, "num_classes": 1}, 8),
         ({"patch_size": 1}, 8),
         ({"decoder_layers": 0, "long_skips": True, "num_layers": 3}, 8),
         ({"attention_type": "softmax", "dropout": 0.1}, 8),
@@ -44,7 +44,7 @@ def test_shapes_and_gradients(config, image_size):
     output = model(
         images, torch.randn(3), torch.tensor([0, model.config.num_classes - 1, model.config.num_classes])
     )
-    assert output.sample.shape == (3, model.out_channels, image_size, image_size)
+    assert output.sample.shape == (3, model.config.in_channels, image_size, image_size)
     output.sample.square().mean().backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not unused
@@ -230,3 +230,10 @@ def test_training_a_model_keeps_classes_apart():
         loss.backward()
         optimizer.step()
     assert loss < 0.05
+
+
+def test_shapes_are_inferred_on_the_meta_device():
+    with torch.device("meta"):
+        model = PetTransformer2DModel(**TINY)
+        output = model(torch.empty(2, 3, 8, 8), torch.empty(2), torch.empty(2, dtype=torch.long)).sample
+    assert output.shape == (2, 3, 8, 8)
