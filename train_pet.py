@@ -362,8 +362,8 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         later = [path.name for path in list_checkpoints(output_dir) if checkpoint_step(path) > step]
         if later:
             raise ValueError(
-                f"{args.output_dir!r} holds later checkpoints than the one to resume from: {', '.join(later)}. "
-                "Move them away, or choose another --output_dir."
+                f"{args.output_dir!r} holds later checkpoints than the one to resume from: "
+                f"{', '.join(later)}. Move them away, or choose another --output_dir."
             )
     elif list_checkpoints(output_dir):
         raise ValueError(

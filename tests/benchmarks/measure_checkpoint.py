@@ -1,0 +1,84 @@
+"""Measures a saved pipeline: validation loss, memorisation, and time per image; prints a Markdown table.
+
+    python tests/benchmarks/measure_checkpoint.py --dataset_name uoft-cs/cifar10
+
+The validation images are those that `train_pet.py --seed 0` holds out.
+"""
+
+import argparse
+import time
+
+import torch
+
+from pet_pipeline import PetDiffusionPipeline
+from pet_pipeline.data import load_image_dataset, stratified_split, to_model_range
+from pet_pipeline.metrics import memorization_ratio, nearest_neighbors, validation_loss
+from pet_pipeline.visualization import class_names, image_generators
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=None, help="saved pipeline; the bundled one if not given")
+    parser.add_argument("--dataset_name", default="uoft-cs/cifar10")
+    parser.add_argument("--cache_dir")
+    parser.add_argument("--validation_images", type=int, default=512)
+    parser.add_argument(
+        "--num_images", type=int, default=256, help="samples for memorisation and time, all classes"
+    )
+    parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--guidance_scale", type=float, default=1.5)
+    args = parser.parse_args()
+
+    pipeline = PetDiffusionPipeline.from_pretrained(args.model)
+    pipeline.set_progress_bar_config(desc="batch")
+    names = class_names(pipeline)
+    resolution = pipeline.transformer.config.sample_size
+    dataset = load_image_dataset(args.dataset_name, names, resolution, cache_dir=args.cache_dir)
+    train_set, validation_set = stratified_split(dataset, 0.1, seed=0)
+    held_out = validation_set.subset(torch.arange(min(args.validation_images, len(validation_set))))
+    errors = validation_loss(pipeline.transformer, pipeline.scheduler, held_out)
+
+    samples, seconds = [], 0.0
+    generators = image_generators(args.num_images)
+    for start in range(0, args.num_images, 32):
+        batch = generators[start : start + 32]
+        labels = [(start + index) % len(names) for index in range(len(batch))]
+        began = time.perf_counter()
+        samples.append(
+            pipeline(
+                labels,
+                num_inference_steps=args.steps,
+                guidance_scale=args.guidance_scale,
+                generator=batch,
+                output_type="latent",
+            ).images.clamp(-1, 1)
+        )
+        seconds += time.perf_counter() - began
+    samples = torch.cat(samples)
+    known = to_model_range(train_set.images)
+    unseen = to_model_range(validation_set.images[: args.num_images])
+    rows = {
+        f"validation loss, {len(held_out)} unseen images, 16 σ": f"{sum(errors.values()) / len(errors):.4f}",
+        "memorisation ratio of the samples": f"{memorization_ratio(samples, known):.4f}",
+        "the same of unseen images": f"{memorization_ratio(unseen, known):.4f}",
+        "median distance to the nearest training image, samples": f"{median_distance(samples, known):.4f}",
+        "the same of unseen images (RMS, [-1, 1])": f"{median_distance(unseen, known):.4f}",
+        f"seconds per image, {args.steps} steps, batch 32": f"{seconds / len(samples):.3f}",
+    }
+    print("| measure | value |\n|---|---|")
+    for name, value in rows.items():
+        print(f"| {name} | {value} |")
+    print("\n| σ | " + " | ".join(f"{sigma:.3g}" for sigma in errors) + " |")
+    print("|---" * (len(errors) + 1) + "|")
+    print("| validation loss | " + " | ".join(f"{error:.3f}" for error in errors.values()) + " |")
+
+
+def median_distance(images: torch.Tensor, training_images: torch.Tensor) -> float:
+    """Median over images of the distance to the nearest training image, mirrored or not."""
+    return nearest_neighbors(images, training_images).distances.median().item()
+
+
+if __name__ == "__main__":
+    main()
