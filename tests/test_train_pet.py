@@ -260,7 +260,7 @@ def test_a_finished_run_is_not_overwritten(finished_run, image_folder):
 
 def test_two_processes_train_together_and_one_writes(image_folder, tmp_path):
     words = arguments(image_folder, tmp_path / "out", train_batch_size=4, gradient_accumulation_steps=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

@@ -30,6 +30,8 @@ def test_linear_attention_equals_its_quadratic_formula():
     [
         ({}, 8),
         ({"sample_size": 16, "patch_size": 2}, 16),
+        ({"sample_size": 32}, 32),
+        ({"sample_size": 64, "patch_size": 8}, 64),
         ({"sample_size": 9, "patch_size": 3, "in_channels": 1, "num_classes": 100}, 9),
         ({"in_channels": 4, "num_classes": 1}, 8),
         ({"patch_size": 1}, 8),
