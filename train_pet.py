@@ -407,8 +407,7 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
     start_time = time.monotonic() - state.seconds
 
     def progress() -> float:
-        """Share of the training that is done, by steps or by the main process's clock, whichever is
-        further."""
+        """Share of the training that is done, by steps or by the clock, whichever is further."""
         state.seconds = time.monotonic() - start_time
         done = 0.0 if max_steps is None else state.step / max_steps
         if args.max_train_minutes is not None:

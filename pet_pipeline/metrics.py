@@ -24,8 +24,7 @@ def validation_loss(
     seed: int = 0,
     sigmas: tuple[float, ...] = VALIDATION_SIGMAS,
 ) -> dict[float, float]:
-    """Mean squared error of the network's output (F-space, target of unit variance) at each of some noise
-    levels.
+    """Mean squared error of the network's output, whose target has unit variance, by noise level.
 
     Args:
         transformer (`ModelMixin`): the denoiser, in evaluation mode.

@@ -99,8 +99,7 @@ def guidance_weight(
 
 
 def _interpolate_log(sigma: float, points: tuple[tuple[float, float], ...]) -> float:
-    """Interpolates (σ, value) points, σ falling, linearly in ln σ; 0 below the last, the first value above
-    the first."""
+    """Interpolates (σ, value) points, σ falling, linearly in ln σ; 0 below the last of them."""
     if sigma >= points[0][0]:
         return points[0][1]
     for (high, value_high), (low, value_low) in zip(points, points[1:]):
@@ -117,9 +116,8 @@ class PetDiffusionPipeline(DiffusionPipeline):
     offloading and so on.
 
     Args:
-        transformer ([`PetTransformer2DModel`]): the denoiser; its class `num_classes` is the null class. Any
-        model with
-            the same `forward` and the same config entries will do.
+        transformer ([`PetTransformer2DModel`]): the denoiser; its class `num_classes` is the null class.
+            Any model with the same `forward` and the same config entries will do.
         scheduler ([`AdaptiveEDMScheduler`]): or `EDMEulerScheduler`, `EDMDPMSolverMultistepScheduler`.
         guider (`BaseGuidance`, *optional*): a guider of diffusers, which then replaces `guidance_scale` and
             `guidance_schedule`. It is given denoised images.
@@ -168,8 +166,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Saves `model_index.json` and, beside it, the source files of all classes that diffusers does not
-        have.
+        """Saves `model_index.json`, and beside it the source files of the classes that are not of diffusers.
 
         `save_pretrained` and `push_to_hub` call this before anything is uploaded. The folder can then be
         loaded without this package, by `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
@@ -338,8 +335,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         device: torch.device,
     ) -> torch.Tensor:
-        """Returns starting noise of shape `(batch, channels, height, width)` in float32, scaled to the first
-        level.
+        """Returns starting noise, `(batch, channels, height, width)` in float32, scaled to the first level.
 
         Raises:
             ValueError: if `latents` has another shape or the number of generators is not the batch size.
@@ -513,8 +509,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
         null_labels: torch.Tensor,
         weight: float,
     ) -> torch.Tensor:
-        """Classifier-free guidance in one batch; F and D are affine in each other, so it is the same in
-        either."""
+        """Classifier-free guidance in one batch; the same for F as for D, which is affine in it."""
         if weight == 1:
             return self._model_output(model_input, timestep, labels)
         both = self._model_output(torch.cat([model_input] * 2), timestep, torch.cat([labels, null_labels]))
@@ -530,8 +525,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
         null_labels: torch.Tensor,
         sigma: float,
     ) -> torch.Tensor:
-        """Guidance by a guider of diffusers, which sees denoised images; returns the network output they
-        stand for."""
+        """Guidance by a guider, which sees denoised images; returns the network output they stand for."""
 
         def precondition(model_output: torch.Tensor) -> torch.Tensor:
             return self.scheduler.precondition_outputs(latents, model_output, sigma)

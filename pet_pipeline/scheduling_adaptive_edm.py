@@ -394,8 +394,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
     def _multistep(
         self, sample: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor, target: torch.Tensor
     ) -> torch.Tensor:
-        """DPM-Solver++(2M) in λ = -ln σ (Lu et al. 2022, algorithm 2); first order at the ends of the
-        grid."""
+        """DPM-Solver++(2M) in -ln σ (Lu et al. 2022, algorithm 2); first order at both ends of the grid."""
         extrapolated = denoised
         if self._previous and target > 0:
             step, previous_step = (sigma / target).log(), (self._previous["sigma"] / sigma).log()

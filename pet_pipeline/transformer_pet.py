@@ -128,8 +128,7 @@ def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 class PetFeedForward(nn.Module):
-    """Gated feed-forward whose gate sees its neighbours through a 3×3 depth-wise convolution (Shi 2023,
-    "TransNeXt").
+    """Gated feed-forward with a 3×3 depth-wise convolution of its gate (Shi 2023, "TransNeXt").
 
     Against SANA's GLU-MBConv, which convolves both halves, it trained faster per second and per image here.
 
@@ -154,8 +153,7 @@ class PetFeedForward(nn.Module):
 
 
 class PetTransformerBlock(nn.Module):
-    """Linear attention, then the gated feed-forward, each modulated and gated by the conditioning
-    (adaLN-zero).
+    """Attention and feed-forward, each modulated and gated by the conditioning (adaLN-zero).
 
     Args:
         dim (`int`): channels of the tokens.
@@ -191,8 +189,7 @@ class PetTransformerBlock(nn.Module):
         width: int,
         skip_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Maps `(batch, height * width, dim)` to the same shape, given `conditioning` of shape `(batch,
-        dim)`."""
+        """Maps `(batch, height * width, dim)` to the same shape, given `(batch, dim)` of conditioning."""
         if skip_states is not None:
             hidden_states = self.skip_proj(torch.cat([hidden_states, skip_states], dim=-1))
         modulation = self.modulation(F.silu(conditioning)).unsqueeze(1)  # (N, 1, 6D)
@@ -245,8 +242,7 @@ class PetDecoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, in_channels * self.pixel_factor**2, 3, padding=1)
 
     def forward(self, tokens: torch.Tensor, image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Decodes `(batch, height * width, dim)` tokens beside the `(batch, in_channels, H, W)` image to
-        pixels."""
+        """Decodes `(batch, height * width, dim)` tokens, beside the noisy image, to an image of its shape."""
         hidden_states = tokens_to_grid(self.proj_in(tokens), height, width)
         hidden_states = F.pixel_shuffle(hidden_states, self.token_factor)
         hidden_states = hidden_states + self.conv_skip(F.pixel_unshuffle(image, self.pixel_factor))
@@ -410,8 +406,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return cls(**{**PRESETS[preset], **kwargs})
 
     def initialize_weights(self) -> None:
-        """Initialises every weight: Xavier for matrices, adaLN-zero, and zero for both paths to the
-        pixels."""
+        """Initialises all weights: Xavier for matrices, adaLN-zero, zero for both paths to the pixels."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -7,8 +7,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 
 class OracleModel(ModelMixin, ConfigMixin):
-    """Turns a posterior mean D(x; σ, c) into the EDM network output F; counts its forward calls and
-    images."""
+    """Turns a posterior mean D(x; σ, c) into the EDM network output F; counts calls and images."""
 
     sigma_data = 0.5
 
