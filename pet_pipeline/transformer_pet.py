@@ -414,7 +414,10 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.patch_embed.proj.bias)
-        nn.init.normal_(self.class_embedding.weight, std=0.02)
+        # Classes start as far apart as noise levels are: from a tiny start the model takes long to tell them
+        # apart. The null class starts between them.
+        nn.init.normal_(self.class_embedding.weight, std=0.5)
+        nn.init.zeros_(self.class_embedding.weight[-1])
         for block in self.transformer_blocks:
             nn.init.zeros_(block.modulation.weight)
             if block.skip_proj is not None:  # at first the identity on the trunk

@@ -11,7 +11,7 @@ import time
 import torch
 
 from pet_pipeline import PetDiffusionPipeline
-from pet_pipeline.data import load_image_dataset, stratified_split, to_model_range
+from pet_pipeline.data import ImageDataset, load_image_dataset, stratified_split, to_model_range
 from pet_pipeline.metrics import memorization_ratio, nearest_neighbors, validation_loss
 from pet_pipeline.visualization import class_names, image_generators
 
@@ -40,6 +40,19 @@ def main() -> None:
     held_out = validation_set.subset(torch.arange(min(args.validation_images, len(validation_set))))
     errors = validation_loss(pipeline.transformer, pipeline.scheduler, held_out)
 
+    # What the class tells the model: the loss with the true label, the null label and the next class's label.
+    num_classes = len(names)
+    by_label = {}
+    for label, class_labels in {
+        "true": held_out.labels,
+        "null": torch.full_like(held_out.labels, num_classes),
+        "wrong": (held_out.labels + 1) % num_classes,
+    }.items():
+        labelled = ImageDataset(held_out.images, class_labels, names)
+        by_label[label] = validation_loss(
+            pipeline.transformer, pipeline.scheduler, labelled, sigmas=(0.5, 1.5, 4.0)
+        )
+
     samples, seconds = [], 0.0
     generators = image_generators(args.num_images)
     for start in range(0, args.num_images, 32):
@@ -60,6 +73,10 @@ def main() -> None:
     known = to_model_range(train_set.images)
     unseen = to_model_range(validation_set.images[: args.num_images])
     rows = {
+        **{
+            f"loss with the {label} label, σ = 0.5, 1.5, 4": ", ".join(f"{x:.4f}" for x in losses.values())
+            for label, losses in by_label.items()
+        },
         f"validation loss, {len(held_out)} unseen images, 16 σ": f"{sum(errors.values()) / len(errors):.4f}",
         "memorisation ratio of the samples": f"{memorization_ratio(samples, known):.4f}",
         "the same of unseen images": f"{memorization_ratio(unseen, known):.4f}",
