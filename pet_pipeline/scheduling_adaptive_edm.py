@@ -67,8 +67,8 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         prediction_type (`str`, defaults to `"epsilon"`): sign of $c_{out}$: `"epsilon"` (+) or
             `"v_prediction"` (-).
         rho (`float`, defaults to 7.0): exponent of the Karras grid.
-        final_sigmas_type (`str`, defaults to `"zero"`): the level after the last step, `"zero"` or
-            `"sigma_min"`.
+        final_sigmas_type (`str`, defaults to `"zero"`): the level after the last step: `"zero"`, or
+            `"sigma_min"` for the last level of the grid once more, where the last step changes nothing.
         solver (`str`, defaults to `"multistep"`): `"multistep"` (DPM-Solver++(2M), second order at one
             evaluation a step), `"euler"`, or `"heun"` (EDM's algorithm 1, n steps with 2n - 1 evaluations).
         s_churn (`float`, defaults to 0.0): EDM's stochasticity, for the solvers `"euler"` and `"heun"`. Each
