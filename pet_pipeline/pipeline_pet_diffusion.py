@@ -468,7 +468,8 @@ class PetDiffusionPipeline(DiffusionPipeline):
                         progress=i / len(timesteps),
                     )
                     model_output = self._guided_output(model_input, timestep, labels, null_labels, weight)
-                pred_original_sample = self.scheduler.precondition_outputs(latents, model_output, sigma)
+                if callback_on_step_end is not None:
+                    pred_original_sample = self.scheduler.precondition_outputs(latents, model_output, sigma)
                 latents = self.scheduler.step(
                     model_output, timestep, latents, generator=generator, return_dict=False
                 )[0]
