@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import EDMEulerScheduler
+from diffusers import EDMEulerScheduler, SchedulerMixin
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
 
@@ -104,6 +105,21 @@ def test_strange_components_ask_for_trust(saved):
     (saved / "scheduler" / "evil.py").write_text("raise SystemExit('code of the checkpoint was run')\n")
     with pytest.raises(ValueError, match="trust_remote_code"):
         PetDiffusionPipeline.from_pretrained(saved)
+
+
+def test_a_class_without_a_source_file_can_be_saved(pipeline, tmp_path, monkeypatch):
+    # As in a notebook: the folder is saved, and names the class as diffusers would.
+    module = types.ModuleType("notebook")
+    module.SchedulerMixin = SchedulerMixin  # diffusers looks for a component's base class beside it
+    module.NotebookScheduler = type("NotebookScheduler", (AdaptiveEDMScheduler,), {"__module__": "notebook"})
+    monkeypatch.setitem(sys.modules, "notebook", module)
+    pipeline.scheduler = module.NotebookScheduler()
+    pipeline.save_pretrained(tmp_path / "model")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    assert index["scheduler"] == ["notebook", "NotebookScheduler"]
+    assert (
+        type(PetDiffusionPipeline.from_pretrained(tmp_path / "model").scheduler) is module.NotebookScheduler
+    )
 
 
 def test_another_scheduler_is_saved_and_loaded(pipeline, tmp_path):
