@@ -53,6 +53,8 @@ def main() -> None:
             pipeline.transformer, pipeline.scheduler, labelled, sigmas=(0.5, 1.5, 4.0)
         )
 
+    response = label_response(pipeline, held_out, sigma=4.0)
+
     samples, seconds = [], 0.0
     generators = image_generators(args.num_images)
     for start in range(0, args.num_images, 32):
@@ -73,6 +75,7 @@ def main() -> None:
     known = to_model_range(train_set.images)
     unseen = to_model_range(validation_set.images[: args.num_images])
     rows = {
+        "RMS difference of the outputs for the true and the wrong label, σ = 4": f"{response:.3f}",
         **{
             f"loss with the {label} label, σ = 0.5, 1.5, 4": ", ".join(f"{x:.4f}" for x in losses.values())
             for label, losses in by_label.items()
@@ -90,6 +93,27 @@ def main() -> None:
     print("\n| σ | " + " | ".join(f"{sigma:.3g}" for sigma in errors) + " |")
     print("|---" * (len(errors) + 1) + "|")
     print("| validation loss | " + " | ".join(f"{error:.3f}" for error in errors.values()) + " |")
+
+
+@torch.no_grad()
+def label_response(pipeline: PetDiffusionPipeline, dataset: ImageDataset, sigma: float) -> float:
+    """Root mean square difference of the network's outputs for each image's own class and the next one."""
+    scheduler = pipeline.scheduler
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for images, labels in zip(dataset.images.split(64), dataset.labels.split(64)):
+        images = to_model_range(images)
+        noisy_images = images + sigma * torch.randn(images.shape, generator=generator)
+        outputs = [
+            pipeline.transformer(
+                scheduler.precondition_inputs(noisy_images, sigma),
+                scheduler.precondition_noise(sigma),
+                class_labels,
+            ).sample
+            for class_labels in (labels, (labels + 1) % pipeline.transformer.config.num_classes)
+        ]
+        total += (outputs[0] - outputs[1]).square().mean((1, 2, 3)).sum().item()
+    return (total / len(dataset)) ** 0.5
 
 
 def median_distance(images: torch.Tensor, training_images: torch.Tensor) -> float:
