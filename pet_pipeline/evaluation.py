@@ -1,0 +1,335 @@
+"""Measures the quality of a pipeline's images against a data set: what `pet-pipeline evaluate` does."""
+
+import json
+import platform
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from .classifier import BUNDLED_CLASSIFIER, PetClassifier
+from .data import ImageDataset, load_image_dataset, stratified_split, to_model_range
+from .metrics import (
+    frechet_distance,
+    image_features,
+    kernel_distance,
+    nearest_neighbors,
+    precision_recall,
+    validation_loss,
+)
+from .visualization import class_names, image_generators, image_grid
+
+
+@dataclass
+class Reference:
+    """The real images of an evaluation.
+
+    Args:
+        train ([`ImageDataset`]): what `train_pet.py --seed 0` trains on; copies are looked for here.
+        validation ([`ImageDataset`]): what it holds out.
+        images ([`ImageDataset`]): what generated images are compared with: the split that was asked for.
+    """
+
+    train: ImageDataset
+    validation: ImageDataset
+    images: ImageDataset
+
+
+@dataclass
+class GeneratedImages:
+    """What [`generate_images`] returns.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, 3, height, width)`, uint8): the pixels.
+        labels (`torch.Tensor` of shape `(N,)`): the classes asked for.
+        evaluations (`float`): evaluations of the denoiser per image; a guided step has two.
+        seconds (`float`): seconds per image.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    evaluations: float
+    seconds: float
+
+
+def load_reference(
+    dataset_name: str, classes: list[str], resolution: int, split: str = "train", cache_dir: str | None = None
+) -> Reference:
+    """Loads a data set for an evaluation, split as `train_pet.py` splits it.
+
+    Args:
+        dataset_name (`str`), classes (`list[str]`), resolution (`int`), cache_dir (`str`, *optional*): see
+            [`load_image_dataset`].
+        split (`str`, defaults to `"train"`): `"train"`, `"validation"` for the images held out of it, or
+            another split of the data set.
+    """
+    dataset = load_image_dataset(dataset_name, classes, resolution, cache_dir=cache_dir)
+    train, validation = stratified_split(dataset, 0.1, seed=0)
+    if split == "train":
+        images = train
+    elif split == "validation":
+        images = validation
+    else:
+        images = load_image_dataset(dataset_name, classes, resolution, split, cache_dir=cache_dir)
+    return Reference(train, validation, images)
+
+
+def balanced_subset(dataset: ImageDataset, num_images: int, start: int = 0) -> ImageDataset:
+    """Returns `num_images` images, as many of each class, from the `start`-th image of each class on."""
+    num_classes = len(dataset.class_names)
+    rows = []
+    for label in range(num_classes):
+        count = (num_images - label + num_classes - 1) // num_classes
+        rows.append((dataset.labels == label).nonzero().flatten()[start : start + count])
+    return dataset.subset(torch.cat(rows))
+
+
+def generate_images(
+    pipeline: DiffusionPipeline, num_images: int, batch_size: int = 64, seed: int = 0, **kwargs: Any
+) -> GeneratedImages:
+    """Generates images of all classes in turn; each depends on its own seed alone, `seed` upwards.
+
+    Args:
+        pipeline ([`PetDiffusionPipeline`]): what to measure.
+        num_images (`int`): images in all.
+        batch_size (`int`, defaults to 64): images at once.
+        seed (`int`, defaults to 0): of the first image.
+        kwargs: passed to the pipeline.
+    """
+    num_classes = pipeline.transformer.config.num_classes
+    labels = torch.arange(num_images) % num_classes
+    evaluations = 0
+
+    def count(module: nn.Module, args: tuple, output: Any) -> None:
+        nonlocal evaluations
+        evaluations += len(output[0])
+
+    hook = pipeline.transformer.register_forward_hook(count)
+    batches = []
+    began = time.perf_counter()
+    for start in tqdm(range(0, num_images, batch_size), desc="batches of images", leave=False):
+        part = labels[start : start + batch_size].tolist()
+        generators = image_generators(len(part), seed + start)
+        images = pipeline(part, generator=generators, output_type="pt", **kwargs).images
+        batches.append((images * 255).round().clamp(0, 255).to("cpu", torch.uint8))
+    seconds = time.perf_counter() - began
+    hook.remove()
+    return GeneratedImages(torch.cat(batches), labels, evaluations / num_images, seconds / num_images)
+
+
+def measure_images(
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    reference: Reference,
+    extractor: nn.Module,
+    classifier: PetClassifier | None = None,
+    cache: bool = False,
+) -> dict[str, float]:
+    """Compares images with as many real ones.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, 3, height, width)`, uint8): what to judge.
+        labels (`torch.Tensor` of shape `(N,)`, *optional*): their classes.
+        reference ([`Reference`]): the real images; its first N, as many of each class, are compared with.
+        extractor (`nn.Module`): see [`image_features`].
+        classifier ([`PetClassifier`], *optional*): judges whether an image is of its class.
+        cache (`bool`, defaults to `False`): keep the features of `images` too; those of the reference are
+            kept.
+
+    Returns:
+        `dict[str, float]`: `fd_…` and `kid_…` with its deviation `kid_…_std` (… names the features),
+        `precision`, `recall`, `memorization_ratio`, `nearest_distance` (the median, RMS in [-1, 1]) and
+        `class_accuracy`.
+    """
+    real = balanced_subset(reference.images, len(images))
+    real_features = image_features(real.images, extractor, cache=True)
+    features = image_features(images, extractor, cache=cache)
+    neighbors = nearest_neighbors(to_model_range(images), to_model_range(reference.train.images))
+    kid, kid_std = kernel_distance(real_features, features)
+    precision, recall = precision_recall(real_features, features)
+    name = extractor.name.lower()
+    measures = {
+        "num_images": len(images),
+        "num_reference_images": len(real),
+        f"fd_{name}": frechet_distance(real_features, features),
+        f"kid_{name}": kid,
+        f"kid_{name}_std": kid_std,
+        "precision": precision,
+        "recall": recall,
+        "memorization_ratio": neighbors.memorization_ratio(),
+        "nearest_distance": neighbors.distances.median().item(),
+    }
+    if classifier is not None and labels is not None:
+        measures["class_accuracy"] = class_accuracy(images, labels, classifier)
+    return measures
+
+
+@torch.no_grad()
+def class_accuracy(images: torch.Tensor, labels: torch.Tensor, classifier: PetClassifier) -> float:
+    """Share of uint8 images `(N, 3, height, width)` that the classifier gives their label."""
+    found = [classifier(to_model_range(batch)).argmax(1) for batch in images.split(250)]
+    return (torch.cat(found) == labels).float().mean().item()
+
+
+def load_classifier(names: list[str]) -> PetClassifier | None:
+    """Loads the classifier of the package if it knows exactly these classes, in this order; else `None`."""
+    known = PetClassifier.load_config(BUNDLED_CLASSIFIER)["class_names"]
+    if list(known) != list(names):
+        return None
+    return PetClassifier.from_pretrained(BUNDLED_CLASSIFIER, torch_dtype=torch.float32)
+
+
+def floors(
+    reference: Reference, num_images: int, extractor: nn.Module, classifier: PetClassifier | None = None
+) -> dict[str, dict[str, float]]:
+    """Measures sets of images whose quality is known, for the scale of the numbers.
+
+    Args:
+        reference ([`Reference`]), extractor (`nn.Module`), classifier ([`PetClassifier`], *optional*): see
+            [`measure_images`].
+        num_images (`int`): images in each set, fewer where there are fewer.
+
+    Returns:
+        `dict[str, dict[str, float]]`: the measures of other training images (perfect, but each a copy), of
+        unseen images (perfect), and of images of one colour, the mean of a real one (the composition is
+        lost).
+    """
+    half = balanced_subset(
+        reference.train, num_images, start=len(reference.train) // (2 * len(reference.train.class_names))
+    )
+    unseen = balanced_subset(reference.validation, num_images)
+    colours = half.images.float().mean((2, 3), keepdim=True).round().byte().expand_as(half.images)
+    sets = {
+        "other training images": (half.images, half.labels),
+        "unseen images": (unseen.images, unseen.labels),
+        "mean colours of images": (colours, half.labels),
+    }
+    return {
+        name: measure_images(images, labels, reference, extractor, classifier, cache=True)
+        for name, (images, labels) in sets.items()
+    }
+
+
+def neighbor_grid(images: torch.Tensor, reference: Reference, num_images: int = 12) -> Image.Image:
+    """Draws the images that are closest to a copy, over the training images nearest to them.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, 3, height, width)`, uint8): generated images.
+        reference ([`Reference`]): holds the training images.
+        num_images (`int`, defaults to 12): how many, the most suspicious first.
+    """
+    neighbors = nearest_neighbors(to_model_range(images), to_model_range(reference.train.images))
+    ratios = neighbors.distances / neighbors.second_distances
+    rows = ratios.argsort()[:num_images]
+    pairs = images[rows], reference.train.images[neighbors.indices[rows]]
+    return image_grid(
+        [[Image.fromarray(image.permute(1, 2, 0).numpy()) for image in row] for row in pairs],
+        ["generated", "nearest training image"],
+        [f"{ratio:.2f}" for ratio in ratios[rows].tolist()],
+        scale=2,
+    )
+
+
+def evaluate(
+    pipeline: DiffusionPipeline,
+    reference: Reference,
+    extractor: nn.Module,
+    num_images: int = 1000,
+    batch_size: int = 64,
+    seed: int = 0,
+    validation_images: int = 512,
+    with_floors: bool = False,
+    **kwargs: Any,
+) -> tuple[dict[str, Any], GeneratedImages]:
+    """Generates images and measures them and the denoiser.
+
+    Args:
+        pipeline ([`PetDiffusionPipeline`]): what to measure.
+        reference ([`Reference`]): the real images.
+        extractor (`nn.Module`): see [`image_features`].
+        num_images (`int`, defaults to 1000): generated and real images; no more than the reference has.
+        batch_size (`int`, defaults to 64), seed (`int`, defaults to 0): see [`generate_images`].
+        validation_images (`int`, defaults to 512): held-out images for the validation loss; 0 leaves it out.
+        with_floors (`bool`, defaults to `False`): measure [`floors`] too.
+        kwargs: passed to the pipeline.
+
+    Returns:
+        `tuple[dict, GeneratedImages]`: the record (settings, measures, floors, machine), ready for JSON, and
+        the images.
+
+    Raises:
+        ValueError: if the reference has fewer images than `num_images`.
+    """
+    if num_images > len(reference.images):
+        raise ValueError(
+            f"{num_images} generated images need as many real ones, but the reference has "
+            f"{len(reference.images)}."
+        )
+    classifier = load_classifier(class_names(pipeline))
+    generated = generate_images(pipeline, num_images, batch_size, seed, **kwargs)
+    record: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {pipeline.device.type}",
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "settings": {"num_images": num_images, "seed": seed, **kwargs},
+        "evaluations_per_image": generated.evaluations,
+        "images_per_second": 1 / generated.seconds,
+        "measures": measure_images(generated.images, generated.labels, reference, extractor, classifier),
+    }
+    if validation_images:
+        held_out = reference.validation.subset(
+            torch.arange(min(validation_images, len(reference.validation)))
+        )
+        errors = validation_loss(pipeline.transformer, pipeline.scheduler, held_out, batch_size)
+        record["measures"]["validation_loss"] = sum(errors.values()) / len(errors)
+    if with_floors:
+        record["floors"] = floors(reference, num_images, extractor, classifier)
+    return record, generated
+
+
+# Heading and format of each column of the table.
+COLUMNS = {
+    "fd_efflite0": ("FD-EffLite0", "{:.1f}"),
+    "kid_efflite0": ("KID-EffLite0 ×10³", "{:.2f}"),
+    "fd_inception": ("FID", "{:.2f}"),
+    "kid_inception": ("KID ×10³", "{:.2f}"),
+    "precision": ("precision", "{:.3f}"),
+    "recall": ("recall", "{:.3f}"),
+    "class_accuracy": ("class accuracy", "{:.3f}"),
+    "memorization_ratio": ("memorised", "{:.4f}"),
+    "nearest_distance": ("nearest, RMS", "{:.3f}"),
+    "validation_loss": ("validation loss", "{:.4f}"),
+}
+
+
+def markdown_table(record: dict[str, Any], name: str) -> str:
+    """Returns the record as a Markdown table: a row for the pipeline and one for each floor."""
+    rows = {name: record["measures"], **record.get("floors", {})}
+    keys = [key for key in COLUMNS if key in record["measures"]]
+    headings = ["images of", *(COLUMNS[key][0] for key in keys), "evaluations", "images/s"]
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    for row_name, measures in rows.items():
+        cells = [row_name]
+        for key in keys:
+            value = measures.get(key)
+            scaled = None if value is None else value * (1000 if key.startswith("kid") else 1)
+            cells.append("" if scaled is None else COLUMNS[key][1].format(scaled))
+        if row_name == name:
+            cells += [f"{record['evaluations_per_image']:.1f}", f"{record['images_per_second']:.2f}"]
+        else:
+            cells += ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def save_record(record: dict[str, Any], path: Path) -> None:
+    """Writes the record as JSON."""
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")

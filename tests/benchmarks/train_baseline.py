@@ -1,0 +1,121 @@
+"""Trains a baseline, diffusers' DiT or UNet, exactly as `train_pet.py` trains the denoiser of this package.
+
+    python tests/benchmarks/train_baseline.py dit --dataset_name uoft-cs/cifar10 --max_train_minutes 20
+    python tests/benchmarks/train_baseline.py unet --optimizer adamw …
+
+The first argument chooses the model; all others are those of `train_pet.py`: same data, noise, loss,
+optimizer, EMA. Both models are scaled to the FLOPs per image of the preset `small`; `--flops` prints them.
+"""
+
+import sys
+
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_pet
+from pet_pipeline import PetTransformer2DModel
+
+
+class Baseline(ModelMixin, ConfigMixin):
+    """What the two have in common: called and configured like `PetTransformer2DModel`."""
+
+    network: nn.Module
+
+    @classmethod
+    def from_preset(cls, preset: str, **kwargs) -> "Baseline":
+        return cls(**kwargs)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        return_dict: bool = True,
+    ) -> tuple[torch.Tensor]:
+        # c_noise in [-1.6, 1.1], on the scale that the sinusoidal embeddings of these models are made for.
+        timestep = (timestep.float().expand(len(hidden_states)) + 2) * 250
+        return (self.network(hidden_states, timestep, class_labels=class_labels, return_dict=False)[0],)
+
+
+class DiTBaseline(Baseline):
+    """diffusers' `DiTTransformer2DModel`, 8 layers × 192, patch 4: Peebles and Xie (2022)."""
+
+    @register_to_config
+    def __init__(
+        self, sample_size: int = 32, in_channels: int = 3, num_classes: int = 2, num_layers: int = 8
+    ) -> None:
+        super().__init__()
+        self.network = DiTTransformer2DModel(
+            num_attention_heads=3,
+            attention_head_dim=64,
+            in_channels=in_channels,
+            out_channels=in_channels,
+            num_layers=num_layers,
+            sample_size=sample_size,
+            patch_size=4,
+            num_embeds_ada_norm=num_classes,
+        )
+        self.transformer_blocks = self.network.transformer_blocks
+        for name, parameter in self.network.named_parameters():
+            # As in the paper: modulations and the output start at zero.
+            if name.endswith(("norm1.linear.weight", "norm1.linear.bias")) or name.startswith("proj_out"):
+                nn.init.zeros_(parameter)
+        for block in self.transformer_blocks:
+            # Labels are dropped by train_pet.py, at the rate asked for.
+            block.norm1.emb.class_embedder.dropout_prob = 0.0
+
+
+class UNetBaseline(Baseline):
+    """diffusers' `UNet2DModel` with class labels, attention at 8×8: Ho et al. (2020)."""
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 3,
+        num_classes: int = 2,
+        block_out_channels: tuple[int, ...] = (32, 64, 64),
+    ) -> None:
+        super().__init__()
+        self.network = UNet2DModel(
+            sample_size=sample_size,
+            in_channels=in_channels,
+            out_channels=in_channels,
+            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+            block_out_channels=block_out_channels,
+            layers_per_block=1,
+            attention_head_dim=32,
+            norm_num_groups=16,
+            num_class_embeds=num_classes + 1,
+        )
+        nn.init.zeros_(self.network.conv_out.weight)
+        nn.init.zeros_(self.network.conv_out.bias)
+
+
+BASELINES = {"dit": DiTBaseline, "unet": UNetBaseline}
+
+
+def print_flops() -> None:
+    """Prints parameters and FLOPs per forward pass of the three models."""
+    for model in (PetTransformer2DModel.from_preset("small"), DiTBaseline(), UNetBaseline()):
+        batch = torch.randn(1, 3, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+        # Forward only: PyTorch counts the backward of depth-wise convolutions as if they were dense.
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*batch, return_dict=False)
+        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        flops = counter.get_total_flops() / 1e9
+        print(f"{type(model).__name__}: {size:.2f} M, {flops:.2f} GFLOP per forward pass")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--flops"]:
+        sys.exit(print_flops())
+    if len(sys.argv) < 2 or sys.argv[1] not in BASELINES:
+        sys.exit(f"train_baseline.py: the first argument has to be one of {', '.join(BASELINES)}")
+    train_pet.PetTransformer2DModel = BASELINES[sys.argv[1]]
+    train_pet.main(train_pet.parse_args(sys.argv[2:]), train_pet.TrainingState())
