@@ -3,10 +3,17 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .pipeline_pet_diffusion import PetDiffusionPipeline
 
 
 # Known here too, as `--help` should not wait for PyTorch.
 SCHEDULES = ["adaptive", "constant", "interval", "original"]
+SOLVERS = ["multistep", "euler", "heun"]
+SCHEDULERS = [*SOLVERS, "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,7 +46,35 @@ def build_parser() -> argparse.ArgumentParser:
         "--guidance_scale", type=float, default=1.5, help="strength of the guidance; 1 is none"
     )
     generate.add_argument(
+        "--guidance_schedule",
+        choices=SCHEDULES,
+        default="adaptive",
+        help="how the strength varies with the noise level",
+    )
+    generate.add_argument(
+        "--negative_class", metavar="NAME", help="class to steer away from, instead of from no class"
+    )
+    generate.add_argument(
+        "--scheduler",
+        choices=SCHEDULERS,
+        help="a solver of the model's own scheduler, or a scheduler of diffusers; as saved if not given",
+    )
+    generate.add_argument(
         "--seed", type=int, default=0, help="of the first image of each class; the next count up"
+    )
+    generate.add_argument("--device", help="for example cpu or cuda; a GPU is taken where there is one")
+    generate.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights"
+    )
+    generate.add_argument(
+        "--like",
+        type=Path,
+        metavar="IMAGE",
+        help="repeat the image in this PNG of ours; what else is given replaces its settings",
+    )
+    generate.add_argument("--strip", action="store_true", help="draw the denoising step by step too")
+    generate.add_argument(
+        "--compare_steps", action="store_true", help="draw the same noise at 5, 10, 20 and 40 steps too"
     )
     generate.add_argument("--out", default="samples", metavar="FOLDER", help="where the images go")
     generate.set_defaults(run=run_generate)
@@ -80,6 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--steps", type=positive_integer, default=18, help="denoising steps")
     evaluate.add_argument("--guidance_scale", type=float, default=1.5, help="strength of the guidance")
     evaluate.add_argument("--guidance_schedule", choices=SCHEDULES, default="adaptive")
+    evaluate.add_argument("--scheduler", choices=SCHEDULERS, help="as saved if not given")
+    evaluate.add_argument("--device", help="a GPU is taken where there is one")
     evaluate.add_argument("--seed", type=int, default=0, help="of the first image; the next count up")
     evaluate.add_argument("--batch_size", type=positive_integer, default=64, help="images at once")
     evaluate.add_argument("--out", default="evaluation", metavar="FOLDER", help="where the files go")
@@ -95,48 +132,130 @@ def positive_integer(text: str) -> int:
     return number
 
 
-def run_generate(args: argparse.Namespace) -> None:
-    """Makes the images of `pet-pipeline generate`."""
-    # Imported here: `--help` and mistakes should not wait for PyTorch.
+def words_like(path: Path) -> list[str]:
+    """Returns the options that made a PNG of ours; see [`image_settings`] for what is raised."""
+    from .image_metadata import image_settings
+
+    settings = image_settings(path)
+    words = ["--num_samples=1"]
+    for name in (
+        "class",
+        "seed",
+        "steps",
+        "guidance_scale",
+        "guidance_schedule",
+        "negative_class",
+        "scheduler",
+        "dtype",
+    ):
+        if settings.get(name) is not None:
+            words.append(f"--{name}={settings[name]}")
+    return words
+
+
+def load_pipeline(
+    model: str | None, scheduler: str | None = None, device: str | None = None, dtype: str = "float32"
+) -> "PetDiffusionPipeline":
+    """Loads a saved pipeline, or the bundled one, for the command line.
+
+    Raises:
+        ValueError: if the device or the scheduler cannot be used.
+    """
+    import diffusers
+    import torch
     from diffusers.utils import logging
 
     from .pipeline_pet_diffusion import PetDiffusionPipeline
-    from .visualization import class_names, image_generators, image_grid
+    from .scheduling_adaptive_edm import AdaptiveEDMScheduler
 
     logging.disable_progress_bar()  # of the loading; sampling has its own
-    pipeline = PetDiffusionPipeline.from_pretrained(args.model)
+    pipeline = PetDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    if scheduler in SOLVERS:
+        pipeline.scheduler = AdaptiveEDMScheduler.from_config(pipeline.scheduler.config, solver=scheduler)
+    elif scheduler is not None:
+        pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """Makes the images of `pet-pipeline generate`."""
+    # Imported here: `--help` and mistakes should not wait for PyTorch.
+    from .image_metadata import image_settings, save_image, weights_digest
+    from .visualization import (
+        class_names,
+        denoising_strip,
+        image_generators,
+        image_grid,
+        step_comparison,
+    )
+
+    pipeline = load_pipeline(args.model, args.scheduler, args.device, args.dtype)
     names = args.classes or class_names(pipeline)
-    label_ids = pipeline.get_label_ids([int(name) if name.isdigit() else name for name in names])
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    label_ids, negative_ids = (
+        pipeline.get_label_ids([int(name) if name.isdigit() else name for name in list_of_names])
+        for list_of_names in (names, [args.negative_class] if args.negative_class else [])
+    )
+    settings = {
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "guidance_schedule": args.guidance_schedule,
+        "negative_class_labels": negative_ids or None,
+    }
+    digest = weights_digest(pipeline.transformer)
+    if args.like is not None and image_settings(args.like).get("weights") != digest:
+        print(
+            f"pet-pipeline: {args.like} was made by a model with other weights; --model names it",
+            file=sys.stderr,
+        )
     images = pipeline(
         label_ids,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance_scale,
         num_images_per_prompt=args.num_samples,
         # Every class starts from the same noise, and each image depends on its own seed alone.
         generator=[generator for _ in names for generator in image_generators(args.num_samples, args.seed)],
+        **settings,
     ).images
     rows = [images[row * args.num_samples : (row + 1) * args.num_samples] for row in range(len(names))]
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     for name, row in zip(names, rows):
         for index, image in enumerate(row):
-            image.save(out / f"{name}-{args.seed + index}.png")
+            kept = {
+                "class": name,
+                "seed": args.seed + index,
+                "steps": args.steps,
+                "guidance_scale": args.guidance_scale,
+                "guidance_schedule": args.guidance_schedule,
+                "negative_class": args.negative_class,
+                "scheduler": args.scheduler,
+                "dtype": args.dtype,
+                "weights": digest,
+            }
+            save_image(image, out / f"{name}-{args.seed + index}.png", kept)
     image_grid(rows, names, scale=4).save(out / "grid.png")
-    print(f"{len(images)} images and grid.png are in {out}.")
+    pictures = ["grid.png"]
+    if args.strip:
+        denoising_strip(pipeline, args.seed, **settings).save(out / "strip.png")
+        pictures.append("strip.png")
+    if args.compare_steps:
+        del settings["num_inference_steps"]
+        step_comparison(pipeline, seed=args.seed, **settings).save(out / "steps.png")
+        pictures.append("steps.png")
+    print(f"{len(images)} images, {' and '.join(pictures)} are in {out}.")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """Measures a model, as `pet-pipeline evaluate` does."""
-    from diffusers.utils import logging
-
     from .evaluation import evaluate, load_reference, markdown_table, neighbor_grid, save_record
     from .metrics import FEATURE_EXTRACTORS
-    from .pipeline_pet_diffusion import PetDiffusionPipeline
     from .visualization import class_names, sample_grid
 
-    logging.disable_progress_bar()
     extractor = FEATURE_EXTRACTORS[args.features]()
-    pipeline = PetDiffusionPipeline.from_pretrained(args.model)
+    pipeline = load_pipeline(args.model, args.scheduler, args.device)
     pipeline.set_progress_bar_config(leave=False)
     names = class_names(pipeline)
     resolution = pipeline.transformer.config.sample_size
@@ -146,6 +265,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         "guidance_scale": args.guidance_scale,
         "guidance_schedule": args.guidance_schedule,
     }
+    # Features and classes are judged on the CPU: the same numbers everywhere.
     record, generated = evaluate(
         pipeline,
         reference,
@@ -173,8 +293,15 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns 0, 1 for a failure or 130 for Ctrl-C, and exits with 2 for misuse."""
-    args = build_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    args = build_parser().parse_args(words)
     try:
+        if getattr(args, "like", None) is not None:
+            # What is given comes after the settings of the image and so replaces them.
+            like = [
+                word for word in words_like(args.like) if not (args.classes and word.startswith("--class="))
+            ]
+            args = build_parser().parse_args([args.command, *like, *words[words.index(args.command) + 1 :]])
         args.run(args)
     except KeyboardInterrupt:
         return 130

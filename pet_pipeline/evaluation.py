@@ -184,7 +184,7 @@ def load_classifier(names: list[str]) -> PetClassifier | None:
     known = PetClassifier.load_config(BUNDLED_CLASSIFIER)["class_names"]
     if list(known) != list(names):
         return None
-    return PetClassifier.from_pretrained(BUNDLED_CLASSIFIER, torch_dtype=torch.float32)
+    return PetClassifier.from_pretrained(BUNDLED_CLASSIFIER, dtype=torch.float32)
 
 
 def floors(

@@ -2,8 +2,11 @@ import subprocess
 import sys
 
 import pytest
+from conftest import random_model
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
 from pet_pipeline.__main__ import main
 
 
@@ -35,10 +38,62 @@ def test_an_image_depends_on_its_seed_alone(saved, tmp_path):
         assert max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes())) <= 1
 
 
+def test_an_image_keeps_its_settings(saved, tmp_path, capsys):
+    words = ["generate", "--model", saved, "--num_samples", "2", "--steps", "3", "--seed", "5"]
+    words += ["--guidance_schedule", "constant", "--guidance_scale", "3", "--negative_class", "cat"]
+    main([*words, "--scheduler", "heun", "--class", "dog", "--out", str(tmp_path / "first")])
+    like = ["generate", "--model", saved, "--like", str(tmp_path / "first" / "dog-6.png"), "--out"]
+    assert main([*like, str(tmp_path / "second")]) == 0
+    assert {p.name for p in (tmp_path / "second").iterdir()} == {"dog-6.png", "grid.png"}
+    assert "other weights" not in capsys.readouterr().err
+
+    def pixels(folder, name):
+        with Image.open(tmp_path / folder / name) as image:
+            return image.tobytes()
+
+    assert max(abs(a - b) for a, b in zip(pixels("first", "dog-6.png"), pixels("second", "dog-6.png"))) <= 1
+    # What is given replaces what the image keeps.
+    assert main([*like, str(tmp_path / "third"), "--class", "cat", "--num_samples", "2"]) == 0
+    assert {p.name for p in (tmp_path / "third").iterdir()} == {"cat-6.png", "cat-7.png", "grid.png"}
+
+    PetDiffusionPipeline(random_model(seed=1), AdaptiveEDMScheduler()).save_pretrained(tmp_path / "other")
+    like[2] = str(tmp_path / "other")
+    assert main([*like, str(tmp_path / "fourth"), "--class", "1", "--negative_class", "0"]) == 0
+    assert "other weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"no image", None, "[1]", "{", '{"steps": -1}', '{"class": ["x"]}'])
+def test_a_strange_image_is_no_command(saved, tmp_path, capsys, content):
+    path = tmp_path / "image.png"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        info = PngInfo()
+        if content is not None:
+            info.add_itxt("pet_pipeline", content)
+        Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    try:
+        code = main(["generate", "--model", saved, "--like", str(path), "--out", str(tmp_path / "x")])
+    except SystemExit as exit_info:  # the parser refuses what the image keeps
+        code = exit_info.code
+    assert code in (1, 2) and not (tmp_path / "x").exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_generate_draws_the_denoising_and_compares_steps(saved, tmp_path, capsys):
+    words = ["generate", "--model", saved, "--num_samples", "1", "--steps", "2", "--strip", "--compare_steps"]
+    assert main([*words, "--scheduler", "EDMEulerScheduler", "--out", str(tmp_path)]) == 0
+    assert {"grid.png", "strip.png", "steps.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert "grid.png and strip.png and steps.png" in capsys.readouterr().out
+
+
 def test_failures_are_one_line(saved, tmp_path, capsys):
     assert main(["generate", "--model", saved, "--class", "bird", "--out", str(tmp_path / "x")]) == 1
     error = capsys.readouterr().err
     assert "no class 'bird'; this pipeline knows cat, dog" in error and error.count("\n") == 1
+    assert main(["generate", "--model", saved, "--device", "nowhere", "--out", str(tmp_path / "x")]) == 1
+    error = capsys.readouterr().err
+    assert "device 'nowhere' cannot be used" in error and error.count("\n") == 1
     assert not (tmp_path / "x").exists()
     for words in (["generate", "--steps", "0"], ["generate", "--num_samples", "many"], ["paint"]):
         with pytest.raises(SystemExit) as exit_info:

@@ -89,7 +89,7 @@ def main() -> None:
     minutes = (time.monotonic() - began) / 60
     classifier = classifier.eval().to(torch.bfloat16)
     classifier.save_pretrained(args.output_dir)
-    classifier = PetClassifier.from_pretrained(args.output_dir, torch_dtype=torch.float32)
+    classifier = PetClassifier.from_pretrained(args.output_dir, dtype=torch.float32)
     print(f"{minutes:.1f} minutes, validation accuracy {accuracy(classifier, validation_set):.4f}")
     if args.test:
         test_set = load_image_dataset(args.dataset_name, args.classes, split="test", cache_dir=args.cache_dir)
