@@ -24,7 +24,6 @@ from diffusers.models.embeddings import (
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.normalization import RMSNorm
 from torch import nn
 from torch.amp import is_autocast_available
 
@@ -52,16 +51,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 class PetAttention(nn.Module):
     r"""Multi-head attention over a grid of tokens, linear in their number.
 
-    Per head, with $\phi$ = ReLU on RMS-normalised queries and keys (Katharopoulos et al. 2020, equation 5):
-    $o_i = \phi(q_i)^T \sum_j \phi(k_j) v_j^T \, / \, \phi(q_i)^T \sum_j \phi(k_j)$. A 3×3 depth-wise
-    convolution of the values is added to the output: it restores the locality that linear attention lacks
-    (Han et al. 2023, "FLatten Transformer"). The sums are kept in float32.
+    Per head, with $\phi$ = ReLU and RMS-normalised keys (Katharopoulos et al. 2020, equation 5):
+    $o_i = \phi(q_i)^T \sum_j \phi(k_j) v_j^T \, / \, \phi(q_i)^T \sum_j \phi(k_j)$. Queries need no
+    normalisation, as their length cancels. A 3×3 depth-wise convolution of the values is added to the output:
+    it restores the locality that linear attention lacks (Han et al. 2023, "FLatten Transformer"). The sums
+    are kept in float32.
 
     Args:
         dim (`int`): channels of the tokens.
         num_attention_heads (`int`): heads.
         attention_head_dim (`int`): channels of each head.
-        attention_type (`str`): `"linear"`, or `"softmax"` for scaled dot-product attention in the same block.
+        attention_type (`str`): `"linear"`, or `"softmax"` for scaled dot-product attention in the same block,
+            there with normalised queries too.
         dropout (`float`): dropout on the output.
     """
 
@@ -80,35 +81,40 @@ class PetAttention(nn.Module):
         self.to_q = nn.Linear(dim, inner_dim, bias=False)
         self.to_k = nn.Linear(dim, inner_dim, bias=False)
         self.to_v = nn.Linear(dim, inner_dim, bias=False)
-        self.norm_q = RMSNorm(attention_head_dim, eps=1e-6)
-        self.norm_k = RMSNorm(attention_head_dim, eps=1e-6)
         self.conv_v = nn.Conv2d(inner_dim, inner_dim, 3, padding=1, groups=inner_dim)
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(dropout)])
 
     def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Attends over `hidden_states` of shape `(batch, height * width, dim)`; returns the same shape."""
         value = self.to_v(hidden_states)  # (N, T, H*D)
-        local = tokens_to_grid(value, height, width)
-        local = grid_to_tokens(self.conv_v(local))
+        local = grid_to_tokens(self.conv_v(tokens_to_grid(value, height, width)))
         query, key, value = (
-            x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)  # (N, H, T, D)
+            x.unflatten(-1, (self.num_attention_heads, -1))  # (N, T, H, D)
             for x in (self.to_q(hidden_states), self.to_k(hidden_states), value)
         )
-        query, key = self.norm_q(query), self.norm_k(key)
+        key = rms_normalize(key)
         if self.attention_type == "linear":
             attended = linear_attention(query, key, value)
         else:
-            attended = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value)
-        attended = attended.transpose(1, 2).flatten(2).to(local.dtype)  # (N, T, H*D)
-        hidden_states = self.to_out[0](attended + local)
+            query, key, value = (
+                x.to(value.dtype).transpose(1, 2) for x in (rms_normalize(query), key, value)
+            )
+            attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        hidden_states = self.to_out[0](attended.flatten(2).to(local.dtype) + local)
         return self.to_out[1](hidden_states)
+
+
+def rms_normalize(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Scales vectors `(..., head_dim)` to a root mean square of 1, in float32 (Zhang and Sennrich 2019)."""
+    hidden_states = hidden_states.float()
+    return hidden_states * (hidden_states.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """ReLU linear attention in float32 (Katharopoulos et al. 2020, equation 5), O(T·D²) instead of O(T²·D).
 
     Args:
-        query, key, value (`torch.Tensor` of shape `(..., tokens, head_dim)`): of any floating dtype.
+        query, key, value (`torch.Tensor` of shape `(batch, tokens, heads, head_dim)`): of any floating dtype.
 
     Returns:
         `torch.Tensor` of the shape of `value`, in float32.
@@ -121,10 +127,10 @@ def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     )
     with exact:
         query, key, value = F.relu(query.float()), F.relu(key.float()), value.float()
-        key = key / key.shape[-2]  # a mean instead of a sum: the same ratio, at any number of tokens in range
-        state = key.transpose(-1, -2) @ value  # (..., D, D)
-        normaliser = query @ key.sum(dim=-2).unsqueeze(-1)  # (..., T, 1)
-        return (query @ state) / (normaliser + 1e-6)
+        # Means instead of sums: the same ratio, at any number of tokens in range.
+        state = torch.einsum("nthd,nthe->nhde", key, value) / key.shape[1]
+        normaliser = torch.einsum("nthd,nhd->nth", query, key.mean(1)).unsqueeze(-1)
+        return torch.einsum("nthd,nhde->nthe", query, state) / (normaliser + 1e-6)
 
 
 class PetFeedForward(nn.Module):

@@ -18,11 +18,13 @@ def test_presets_are_of_the_stated_size():
 
 
 def test_linear_attention_equals_its_quadratic_formula():
-    query, key, value = torch.randn(3, 2, 3, 20, 8).unbind(0)
+    query, key, value = torch.randn(3, 2, 20, 3, 8).unbind(0)
     query[..., 0], key[..., 0] = 1.0, 1.0  # no token may be without any positive feature
-    scores = query.relu() @ key.relu().transpose(-1, -2)
-    expected = scores / scores.sum(-1, keepdim=True) @ value
+    scores = torch.einsum("nthd,nshd->nhts", query.relu(), key.relu())
+    expected = torch.einsum("nhts,nshd->nthd", scores / scores.sum(-1, keepdim=True), value)
     torch.testing.assert_close(linear_attention(query, key, value), expected, rtol=1e-4, atol=1e-4)
+    # The length of a query cancels.
+    torch.testing.assert_close(linear_attention(5 * query, key, value), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,172 @@
+import json
+
+import pytest
+import torch
+from oracles import EmpiricalDenoiser, GaussianDenoiser
+from torch import nn
+
+from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
+from pet_pipeline.__main__ import main
+from pet_pipeline.classifier import PetClassifier
+from pet_pipeline.data import ImageDataset
+from pet_pipeline.evaluation import (
+    Reference,
+    balanced_subset,
+    class_accuracy,
+    evaluate,
+    generate_images,
+    load_classifier,
+    load_reference,
+    markdown_table,
+    measure_images,
+    neighbor_grid,
+)
+from pet_pipeline.metrics import FEATURE_EXTRACTORS
+
+
+class Pixels(nn.Module):
+    """Features that are the means of 2×2 blocks."""
+
+    name = "Pixels"
+    num_features = 48
+
+    def __init__(self):
+        super().__init__()
+        self.placeholder = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images):
+        return nn.functional.avg_pool2d(images.float() / 255, 2).flatten(1)
+
+
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+
+
+def images_of(mean, num_images, seed):
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.tensor(mean)[torch.arange(num_images) % len(mean)].view(-1, 1, 1, 1)
+    images = means + 0.3 * torch.randn(num_images, 3, 8, 8, generator=generator)
+    return (images.clamp(-1, 1) * 127.5 + 127.5).round().byte()
+
+
+def gaussian_reference(num_images=200):
+    def dataset(seed):
+        labels = torch.arange(num_images) % 2
+        return ImageDataset(images_of([-0.5, 0.5], num_images, seed), labels, ["dark", "bright"])
+
+    return Reference(dataset(1), dataset(2), dataset(1))
+
+
+def gaussian_pipeline(std=0.3):
+    pipe = PetDiffusionPipeline(
+        GaussianDenoiser(std), AdaptiveEDMScheduler(), id2label={0: "dark", 1: "bright"}
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_subsets_are_balanced():
+    dataset = ImageDataset(torch.arange(10).view(10, 1, 1, 1).byte(), torch.arange(10) % 2, ["a", "b"])
+    assert balanced_subset(dataset, 5).images.flatten().tolist() == [0, 2, 4, 1, 3]
+    assert balanced_subset(dataset, 4, start=3).images.flatten().tolist() == [6, 8, 7, 9]
+
+
+def test_generated_images_depend_on_their_seed_alone_and_evaluations_are_counted():
+    pipe = gaussian_pipeline()
+    whole = generate_images(pipe, 6, batch_size=6, seed=3, num_inference_steps=4, guidance_scale=1.0)
+    parts = generate_images(pipe, 6, batch_size=4, seed=3, num_inference_steps=4, guidance_scale=1.0)
+    assert whole.images.dtype == torch.uint8 and whole.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert (whole.images.int() - parts.images.int()).abs().max() <= 1
+    assert whole.evaluations == 4
+    guided = generate_images(pipe, 2, num_inference_steps=4, guidance_scale=2.0, guidance_schedule="constant")
+    assert guided.evaluations == 8
+
+
+def test_a_perfect_denoiser_is_measured_better_than_a_wrong_one():
+    reference, extractor = gaussian_reference(), Pixels()
+    settings = {"num_images": 200, "num_inference_steps": 12, "guidance_scale": 1.0, "validation_images": 20}
+    good, generated = evaluate(gaussian_pipeline(0.3), reference, extractor, with_floors=True, **settings)
+    bad, _ = evaluate(gaussian_pipeline(0.05), reference, extractor, **settings)
+    good_measures, unseen = good["measures"], good["floors"]["unseen images"]
+    assert good_measures["fd_pixels"] < 1.5 * unseen["fd_pixels"] < 0.4 * bad["measures"]["fd_pixels"]
+    settings |= {"guidance_scale": 3.0, "guidance_schedule": "constant"}
+    guided, _ = evaluate(gaussian_pipeline(0.3), reference, extractor, **settings)
+    assert abs(good_measures["kid_pixels"]) < 0.1 * guided["measures"]["kid_pixels"]
+    assert good_measures["precision"] > 0.7 and good_measures["recall"] > 0.7
+    assert bad["measures"]["recall"] < 0.1
+    assert good["floors"]["mean colours of images"]["fd_pixels"] > good_measures["fd_pixels"]
+    assert good_measures["memorization_ratio"] == 0
+    assert good_measures["validation_loss"] < bad["measures"]["validation_loss"]
+    assert "class_accuracy" not in good_measures  # the bundled classifier does not know these classes
+    assert json.loads(json.dumps(good)) == good
+    table = markdown_table(good, "perfect").splitlines()
+    assert len({line.count("|") for line in table}) == 1 and len(table) == 6
+    assert neighbor_grid(generated.images, reference, 3).size[0] > 3 * 16
+    with pytest.raises(ValueError, match="201 generated images need as many real ones"):
+        evaluate(gaussian_pipeline(), reference, extractor, num_images=201)
+
+
+def test_copies_are_found():
+    reference = gaussian_reference(60)
+    model = EmpiricalDenoiser(num_images=20)
+    pipe = PetDiffusionPipeline(model, AdaptiveEDMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    known = (model.data.float() * 127.5 + 127.5).round().byte()
+    reference.train.images = torch.cat([known, reference.train.images])
+    reference.train.labels = torch.arange(len(reference.train.images)) % 2
+    generated = generate_images(pipe, 16, num_inference_steps=20, guidance_scale=1.0)
+    measures = measure_images(generated.images, generated.labels, reference, Pixels())
+    assert measures["memorization_ratio"] == 1 and measures["nearest_distance"] < 0.01
+
+
+def test_class_accuracy_counts_hits():
+    torch.manual_seed(0)
+    classifier = PetClassifier(["dark", "bright"], width=4).eval()
+    images = images_of([-0.5, 0.5], 40, seed=0)
+    found = classifier(images.float() / 127.5 - 1).argmax(1)
+    assert class_accuracy(images, found, classifier) == 1
+    assert class_accuracy(images, 1 - found, classifier) == 0
+
+
+def test_the_bundled_classifier_knows_cats_and_dogs_only():
+    classifier = load_classifier(["cat", "dog"])
+    assert classifier.num_parameters() < 0.75e6 and not classifier.training
+    assert classifier(torch.zeros(2, 3, 32, 32)).shape == (2, 2)
+    assert load_classifier(["dog", "cat"]) is None and load_classifier(["bird"]) is None
+
+
+def test_reference_splits(image_folder):
+    train = load_reference(str(image_folder), ["cat", "dog"], 8)
+    validation = load_reference(str(image_folder), ["cat", "dog"], 8, "validation")
+    assert train.images is train.train and len(train.train) == 36
+    assert validation.images is validation.validation and len(validation.validation) == 4
+    with pytest.raises(ValueError, match="split 'moon'"):
+        load_reference(str(image_folder), ["cat", "dog"], 8, "moon")
+
+
+def test_evaluate_writes_its_files(pipeline, image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(FEATURE_EXTRACTORS, "efficientnet", Pixels)
+    pipeline.save_pretrained(tmp_path / "model")
+    words = ["evaluate", str(tmp_path / "model"), "--reference", str(image_folder), "--num_images", "16"]
+    words += ["--steps", "2", "--floors", "--cache_dir", str(tmp_path / "cache")]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "evaluation.json",
+        "samples.png",
+        "neighbors.png",
+    }
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert record["settings"]["num_inference_steps"] == 2 and record["measures"]["num_images"] == 16
+    assert 0 <= record["measures"]["class_accuracy"] <= 1
+    output = capsys.readouterr().out
+    assert "| model |" in output and "| unseen images |" in output
+    assert main([*words, "--num_images", "99", "--out", str(tmp_path / "x")]) == 1
+    error = capsys.readouterr().err
+    assert "reference has 36" in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ImportError, match=r"pet-pipeline\[eval\]"):
+        FEATURE_EXTRACTORS["efficientnet"]()
