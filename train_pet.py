@@ -310,7 +310,8 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         cache_dir=args.cache_dir,
         max_samples=args.max_train_samples,
     )
-    train_set, validation_set = stratified_split(dataset, args.validation_fraction, seed=args.seed)
+    # The split does not depend on the seed: what one run has not seen, no run has.
+    train_set, validation_set = stratified_split(dataset, args.validation_fraction)
     validation_set = validation_set.subset(torch.arange(min(args.validation_images, len(validation_set))))
     train_loader = torch.utils.data.DataLoader(
         train_set,

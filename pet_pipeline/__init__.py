@@ -13,10 +13,12 @@ _MODULES = {
     "BalancedAdaptiveLoss": "losses",
     "PetDiffusionPipeline": "pipeline_pet_diffusion",
     "guidance_weight": "pipeline_pet_diffusion",
+    "PetClassificationPipeline": "pipeline_pet_classification",
 }
 __all__ = [
     "AdaptiveEDMScheduler",
     "BalancedAdaptiveLoss",
+    "PetClassificationPipeline",
     "PetDiffusionPipeline",
     "PetTransformer2DModel",
     "guidance_weight",
@@ -24,6 +26,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .losses import BalancedAdaptiveLoss
+    from .pipeline_pet_classification import PetClassificationPipeline
     from .pipeline_pet_diffusion import PetDiffusionPipeline, guidance_weight
     from .scheduling_adaptive_edm import AdaptiveEDMScheduler
     from .transformer_pet import PetTransformer2DModel

@@ -40,8 +40,10 @@ GUIDANCE_SCHEDULES = ("adaptive", "constant", "interval", "original")
 ADAPTIVE_SCHEDULE = ((5.0, 0.0), (2.0, 1.0), (0.5, 1.0), (0.2, 1.5), (0.05, 1.5))
 
 
-# Modules of this package that define components.
+# Modules of this package that define components, and those that define pipelines over them: every saved
+# folder holds them all.
 COMPONENT_MODULES = ("transformer_pet", "scheduling_adaptive_edm")
+PIPELINE_MODULES = ("pipeline_pet_diffusion", "pipeline_pet_classification")
 
 
 def guidance_weight(
@@ -122,6 +124,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
         guider (`BaseGuidance`, *optional*): a guider of diffusers, which then replaces `guidance_scale` and
             `guidance_schedule`. It is given denoised images.
         id2label (`dict`, *optional*): class names by id, for example `{0: "cat", 1: "dog"}`.
+        calibration (`dict`, *optional*): kept for [`PetClassificationPipeline`]; not used here.
     """
 
     model_cpu_offload_seq = "transformer"
@@ -134,6 +137,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         guider: BaseGuidance | None = None,
         id2label: dict | None = None,
+        calibration: dict | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, guider=guider)
@@ -144,7 +148,9 @@ class PetDiffusionPipeline(DiffusionPipeline):
             raise ValueError(
                 f"The keys of `id2label` have to be in [0, {num_classes - 1}], but are {list(self.id2label)}."
             )
-        self.register_to_config(id2label={str(key): name for key, name in self.id2label.items()})
+        self.register_to_config(
+            id2label={str(key): name for key, name in self.id2label.items()}, calibration=calibration
+        )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._guidance_scale = 1.0
         self._guidance_schedule: str | Callable[[float], float] = "adaptive"
@@ -186,6 +192,13 @@ class PetDiffusionPipeline(DiffusionPipeline):
         index = json.loads(index_path.read_text())
         stem = copy_source(type(self).__module__, folder)
         index["_class_name"] = [stem, type(self).__name__]
+        # The other pipeline over the same components lies beside this one, or in the folder this one came
+        # from.
+        for name in PIPELINE_MODULES:
+            for origin in (Path(__file__).parent, Path(str(self.config.get("_name_or_path")))):
+                source = origin / f"{name}.py"
+                if source.is_file() and not (folder / source.name).exists():
+                    shutil.copyfile(source, folder / source.name)
         for name in self.components:
             library, class_name = index.get(name, (None, None))
             if library is not None and library.partition(".")[0] != "diffusers":

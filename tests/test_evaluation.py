@@ -85,7 +85,7 @@ def test_generated_images_depend_on_their_seed_alone_and_evaluations_are_counted
 
 def test_a_perfect_denoiser_is_measured_better_than_a_wrong_one():
     reference, extractor = gaussian_reference(), Pixels()
-    settings = {"num_images": 200, "num_inference_steps": 12, "guidance_scale": 1.0, "validation_images": 20}
+    settings = {"num_images": 200, "num_inference_steps": 40, "guidance_scale": 1.0, "validation_images": 20}
     good, generated = evaluate(gaussian_pipeline(0.3), reference, extractor, with_floors=True, **settings)
     bad, _ = evaluate(gaussian_pipeline(0.05), reference, extractor, **settings)
     good_measures, unseen = good["measures"], good["floors"]["unseen images"]

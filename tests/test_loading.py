@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler, SchedulerMixin
 
-from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
+from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
 
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +62,7 @@ def test_a_saved_folder_has_weights_code_and_json_only(saved):
     files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
     assert files == {
         "model_index.json",
+        "pipeline_pet_classification.py",
         "pipeline_pet_diffusion.py",
         "scheduler/scheduler_config.json",
         "scheduler/scheduling_adaptive_edm.py",
@@ -84,6 +85,37 @@ def test_without_the_package(saved, pipeline, tmp_path):
     assert second.returncode == 0, second.stderr
     for result in (first, second):
         assert float(result.stdout.split()[-1]) == pytest.approx(image_sum(pipeline), rel=1e-5)
+
+
+def test_classification_without_the_package(saved, pipeline, tmp_path):
+    code = """
+from diffusers import DiffusionPipeline
+import torch
+pipe = DiffusionPipeline.from_pretrained(
+    {!r}, custom_pipeline="pipeline_pet_classification", trust_remote_code=True
+)
+pipe.set_progress_bar_config(disable=True)
+image = torch.linspace(0, 1, 192).view(3, 8, 8)
+output = pipe(image, 8, generator=torch.Generator().manual_seed(0))
+print(type(pipe).__module__, type(pipe).__name__)
+print(output.probabilities[0]["cat"])
+pipe.save_pretrained({!r})
+"""
+    expected = PetClassificationPipeline.from_pipe(pipeline)(
+        torch.linspace(0, 1, 192).view(3, 8, 8), 8, generator=torch.Generator().manual_seed(0)
+    )
+    # Again from what the generic pipelines saved: a drawing and a classifying one.
+    again = GENERIC.format(str(saved)) + f"pipe.save_pretrained({str(tmp_path / 'again')!r})\n"
+    assert run(again, tmp_path, with_package=False).returncode == 0
+    for folder in (saved, tmp_path / "again"):
+        result = run(code.format(str(folder), str(tmp_path / "third")), tmp_path, with_package=False)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith("diffusers_modules.") and "PetClassificationPipeline" in result.stdout
+        assert float(result.stdout.split()[-1]) == pytest.approx(
+            expected.probabilities[0]["cat"], rel=1e-3, abs=1e-6
+        )
+    result = run(GENERIC.format(str(tmp_path / "third")) + "print(type(pipe).__name__)", tmp_path, False)
+    assert result.stdout.split() == ["PetClassificationPipeline"], result.stderr
 
 
 def test_with_the_package_no_code_of_the_checkpoint_runs(saved, pipeline, tmp_path):

@@ -1,0 +1,262 @@
+import inspect
+import math
+
+import pytest
+import torch
+from conftest import random_model
+from oracles import GaussianDenoiser
+from PIL import Image
+
+from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
+from pet_pipeline.pipeline_pet_classification import (
+    BAND_RANGE,
+    NUM_BANDS,
+    still_possible,
+    stopping_bounds,
+    van_der_corput,
+)
+
+
+def gaussian_pipeline(std=0.3, **kwargs):
+    names = {0: "dark", 1: "bright"}
+    pipe = PetClassificationPipeline(GaussianDenoiser(std), AdaptiveEDMScheduler(), id2label=names, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def gaussian_images(num_images, mean=0.0, std=0.3, seed=0):
+    """Images in [0, 1] of mean 0.5 + mean / 2."""
+    noise = torch.randn(num_images, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return ((mean + std * noise) / 2 + 0.5).clamp(0, 1)
+
+
+def test_elbo_gives_the_exact_posterior_of_gaussian_classes():
+    # N(±0.5, s²) in each pixel: the log-odds are 2·0.5·Σx / s². Images near the border, where they are of
+    # order 1.
+    std = 0.3
+    images = gaussian_images(6, std=std)
+    images += torch.linspace(-2, 2, 6).view(-1, 1, 1, 1) * std**2 / 192 / 2 - (images - 0.5).mean(
+        (1, 2, 3), True
+    )
+    pixels = images * 2 - 1
+    expected = torch.sigmoid(pixels.sum((1, 2, 3)) / std**2)
+    output = gaussian_pipeline(std)(images, num_evaluations=2048, adaptive=False, weighting="elbo")
+    measured = torch.tensor([p["bright"] for p in output.probabilities])
+    print("exact", expected.tolist(), "measured", measured.tolist())
+    assert expected.min() < 0.2 and expected.max() > 0.8
+    torch.testing.assert_close(measured, expected, atol=0.05, rtol=0)
+    assert output.num_evaluations == [4096] * 6
+
+
+def test_paired_noise_lowers_the_variance():
+    # The difference of two classes' errors, with the same noise for both and with independent noise.
+    pipe = gaussian_pipeline()
+    pixels = gaussian_images(1, 0.5) * 2 - 1
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(512, 3, 8, 8, generator=generator)
+    sigmas = torch.full((512,), 1.0)
+
+    def errors(label, draws):
+        rows = torch.tensor([(0, label, draw) for draw in draws])
+        return pipe.pixel_errors(pixels, noise, sigmas, rows).mean((1, 2))
+
+    same = errors(0, range(256)) - errors(1, range(256))
+    independent = errors(0, range(256)) - errors(1, range(256, 512))
+    ratio = (same.var() / independent.var()).item()
+    print(f"variance of the paired difference: {ratio:.4f} of the unpaired")
+    assert ratio < 0.1
+    torch.testing.assert_close(same.mean(), independent.mean(), atol=0.01, rtol=0.1)
+
+
+def test_swapped_classes_swap_the_answer():
+    images = torch.cat([gaussian_images(3, -0.1), gaussian_images(3, 0.1, seed=1)])
+    pipe = gaussian_pipeline()
+    output = pipe(images, generator=torch.Generator().manual_seed(0))
+    assert output.labels == ["dark"] * 3 + ["bright"] * 3
+    pipe.transformer.mean = lambda labels: -GaussianDenoiser.mean(pipe.transformer, labels)
+    swapped = pipe(images, generator=torch.Generator().manual_seed(0))
+    assert swapped.labels == ["bright"] * 3 + ["dark"] * 3
+    for first, second in zip(output.probabilities, swapped.probabilities):
+        assert first["dark"] == pytest.approx(second["bright"], abs=1e-4)
+
+
+def test_an_answer_is_repeatable_and_does_not_depend_on_its_batch(model):
+    pipe = PetClassificationPipeline(model, AdaptiveEDMScheduler(), id2label={0: "cat", 1: "dog"})
+    pipe.set_progress_bar_config(disable=True)
+    images = gaussian_images(5)
+
+    def classify(part, **kwargs):
+        return pipe(part, 8, generator=torch.Generator().manual_seed(3), **kwargs).probabilities
+
+    together = classify(images)
+    alone = [classify(image)[0] for image in images]
+    few_at_once = classify(images, batch_size=3)
+    for other in (alone, few_at_once, classify(list(images))):
+        for a, b in zip(together, other):
+            assert a["cat"] == pytest.approx(b["cat"], abs=1e-4)
+
+
+def test_easy_images_stop_early_and_hard_ones_do_not():
+    easy, hard = gaussian_images(4, 0.5), gaussian_images(4)
+    hard -= (hard - 0.5).mean((1, 2, 3), True)
+    output = gaussian_pipeline()(torch.cat([easy, hard]), num_evaluations=32)
+    assert max(output.num_evaluations[:4]) <= 32 and max(output.num_evaluations[4:]) == 64
+    full = gaussian_pipeline()(torch.cat([easy, hard]), num_evaluations=32, adaptive=False)
+    assert full.num_evaluations == [64] * 8 and full.labels[:4] == output.labels[:4] == ["bright"] * 4
+
+
+def test_early_stopping_keeps_its_error_rate():
+    # Two classes whose errors differ by noise of mean -δ: class 0 is better. How often is it given up?
+    looks, num_images = (4, 8, 16), 20_000
+    rates = {}
+    for delta in (0.0, 0.1, 0.3):
+        generator = torch.Generator().manual_seed(1)
+        errors = torch.zeros(num_images, 2, 16)
+        errors[:, 1] = delta + torch.randn(num_images, 16, generator=generator)
+        possible = torch.ones(num_images, 2, dtype=torch.bool)
+        for number, look in enumerate(looks[:-1]):
+            undecided = possible.all(1, keepdim=True)
+            possible = torch.where(undecided, still_possible(errors[..., :look], number, looks), possible)
+        stopped = ~possible.all(1)
+        rates[delta] = stopped.float().mean().item(), (~possible[:, 0]).float().mean().item()
+    print("share stopped early, and on the wrong side, by the true difference:", rates)
+    assert rates[0.0][0] == pytest.approx(0.05, abs=0.006)
+    assert rates[0.1][1] < 0.025 and rates[0.3][1] < 0.01
+    assert rates[0.3][0] > 1.5 * rates[0.0][0]
+    assert stopping_bounds((4, 8, 16))[0] > stopping_bounds((4, 8, 16))[1] and stopping_bounds((16,)) == ()
+
+
+def test_many_classes_are_given_up_in_stages():
+    class FourMeans(GaussianDenoiser):
+        def mean(self, class_labels):
+            means = torch.tensor([-0.6, -0.2, 0.2, 0.6, 0.0], dtype=torch.float64)
+            return means[class_labels].reshape(-1, 1, 1, 1)
+
+    pipe = PetClassificationPipeline(FourMeans(num_classes=4), AdaptiveEDMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe(gaussian_images(6, 0.3, std=0.05), num_evaluations=64)
+    assert output.labels == ["2"] * 6
+    assert all(len(p) == 4 and sum(p.values()) == pytest.approx(1, abs=1e-5) for p in output.probabilities)
+    assert max(output.num_evaluations) < 4 * 64
+
+
+def test_levels_are_stratified_at_every_look():
+    assert [van_der_corput(i) for i in range(4)] == [0, 0.5, 0.25, 0.75]
+    pipe = gaussian_pipeline()
+    for weighting, (low, high) in {"calibrated": BAND_RANGE, "elbo": (0.002, 80)}.items():
+        sigmas = pipe.draw_sigmas(32, weighting, torch.Generator().manual_seed(0))
+        positions = (sigmas / low).log() / math.log(high / low)
+        for count in (4, 8, 16, 32):
+            assert sorted((positions[:count] * count).floor().tolist()) == list(range(count))
+
+
+def test_calibration_weights_are_used_and_checked():
+    images = gaussian_images(3, 0.05)
+    unsure = gaussian_pipeline(calibration={"weights": [0.0] * NUM_BANDS})(images)
+    assert [p["dark"] for p in unsure.probabilities] == pytest.approx([0.5] * 3)
+    inverted = gaussian_pipeline(calibration={"weights": [-100.0] * NUM_BANDS})(images, adaptive=False)
+    assert inverted.labels == ["dark"] * 3
+    for calibration in ({"weights": [1.0]}, {"weights": [math.nan] * NUM_BANDS}, {}, [1.0] * NUM_BANDS):
+        with pytest.raises(ValueError, match="`calibration` has to hold `weights`"):
+            gaussian_pipeline(calibration=calibration)
+
+
+def test_evidence_shows_where_and_at_which_noise():
+    images = torch.full((1, 3, 8, 8), 0.5)
+    images[..., 4:] = 0.75  # right half: exactly the mean of "bright"; left half: undecided
+    output = gaussian_pipeline()(images, num_evaluations=64, adaptive=False, return_evidence=True)
+    evidence = output.evidence[0]
+    assert evidence.labels == ("bright", "dark") and output.labels == ["bright"]
+    assert evidence.difference.shape == (8, 8) and evidence.errors.shape == (2, 32)
+    assert evidence.sigmas.diff().min() >= 0
+    left, right = evidence.difference[:, :4].mean(), evidence.difference[:, 4:].mean()
+    assert right > 0 and abs(left) < 0.1 * right
+    assert (evidence.errors[0] > evidence.errors[1]).float().mean() > 0.9
+
+
+def test_images_of_every_kind(tmp_path, pipeline):
+    pipe = PetClassificationPipeline.from_pipe(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    picture = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
+    rotated = picture.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90°
+    rotated.save(tmp_path / "rotated.jpg", quality=95, exif=exif)
+    picture.save(tmp_path / "upright.jpg", quality=95)
+    transparent = picture.convert("RGBA")
+    transparent.putalpha(0)
+    images = [
+        picture,
+        picture.convert("L"),
+        picture.convert("P"),
+        transparent,
+        tmp_path / "rotated.jpg",
+        str(tmp_path / "upright.jpg"),
+        Image.new("RGB", (4000, 3000)),
+        torch.zeros(3, 8, 8, dtype=torch.uint8),
+        torch.rand(3, 50, 20),
+    ]
+    prepared = pipe.prepare_images(images)
+    assert prepared.shape == (9, 3, 8, 8) and prepared.min() >= -1 and prepared.max() <= 1
+    assert prepared[3].min() == 1  # transparent is white
+    assert (prepared[4] - prepared[5]).abs().max() < 0.1
+    output = pipe(images, num_evaluations=2)
+    assert len(output.labels) == 9 and set(output.labels) <= {"cat", "dog"}
+    assert pipe(images[0], num_evaluations=2, return_dict=False)[0] == output.labels[:1]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "There is no image"),
+        ("missing.png", "'missing.png' cannot be read"),
+        (__file__, "cannot be read as an image"),
+        ([torch.rand(3, 8, 8), torch.full((3, 8, 8), math.nan)], "Image 1 has values that are not finite"),
+        (torch.full((2, 3, 8, 8), 3.0), r"Image 0 has to be in \[0, 1\]"),
+        (torch.rand(1, 8, 8), "Image 0 has to be of shape"),
+        ([3], "Image 0 has to be a PIL image"),
+    ],
+)
+def test_bad_images_are_named(pipeline, images, message):
+    pipe = PetClassificationPipeline.from_pipe(pipeline)
+    with pytest.raises(ValueError, match=message):
+        pipe(images)
+
+
+def test_bad_arguments():
+    pipe, image = gaussian_pipeline(), gaussian_images(1)
+    for kwargs, message in (
+        ({"num_evaluations": 3}, "even"),
+        ({"num_evaluations": 0}, "even"),
+        ({"weighting": "best"}, "calibrated, elbo"),
+        ({"batch_size": 0}, "`batch_size`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(image, **kwargs)
+    alone = PetClassificationPipeline(random_model(num_classes=1), AdaptiveEDMScheduler())
+    with pytest.raises(ValueError, match="one class"):
+        alone(image)
+
+
+def test_components_are_shared_and_calibration_is_kept(pipeline, tmp_path):
+    weights = [float(i) for i in range(NUM_BANDS)]
+    pipeline.transformer.to(torch.bfloat16)
+    classify = PetClassificationPipeline.from_pipe(pipeline, calibration={"weights": weights})
+    assert classify.transformer is pipeline.transformer and classify.transformer.dtype == torch.bfloat16
+    classify.save_pretrained(tmp_path)
+    drawing = PetDiffusionPipeline.from_pretrained(tmp_path)
+    assert drawing.config.calibration == {"weights": weights}
+    drawing.save_pretrained(tmp_path / "again")
+    again = PetClassificationPipeline.from_pretrained(tmp_path / "again")
+    assert again.config.calibration == {"weights": weights} and again.id2label == {0: "cat", 1: "dog"}
+
+
+@pytest.mark.parametrize(
+    "name", ["from_pretrained", "save_config", "_dict_from_json_file", "load_config", "from_pipe"]
+)
+def test_copied_methods_are_equal(name):
+    first, second = (
+        inspect.getsource(getattr(cls, name)).replace(cls.__name__, "Pipeline")
+        for cls in (PetDiffusionPipeline, PetClassificationPipeline)
+    )
+    assert first == second
