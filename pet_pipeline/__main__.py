@@ -1,6 +1,7 @@
 """The command line: `pet-pipeline generate …`, also as `python -m pet_pipeline generate …`."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,6 +80,52 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", default="samples", metavar="FOLDER", help="where the images go")
     generate.set_defaults(run=run_generate)
 
+    classify = commands.add_parser(
+        "classify",
+        help="tell the class of images",
+        description="Tells which class each image is of; prints a line for each. A file that is not an image is "
+        "named, and the others are still classified.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    classify.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them"
+    )
+    classify.add_argument(
+        "--model",
+        "--model_path",
+        metavar="PATH",
+        help="saved pipeline or Hub id; the model of the package if not given",
+    )
+    classify.add_argument(
+        "--num_evaluations", type=positive_integer, default=32, help="of the denoiser for each class, at most"
+    )
+    classify.add_argument("--weighting", choices=["calibrated", "elbo"], default="calibrated")
+    classify.add_argument("--seed", type=int, default=0, help="of the noise")
+    classify.add_argument("--device", help="a GPU is taken where there is one")
+    classify.add_argument("--json", action="store_true", help="print one JSON object a line")
+    classify.add_argument("--evidence", type=Path, metavar="FILE", help="draw why, into this picture")
+    classify.set_defaults(run=run_classify)
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="fit the weights of the classifier",
+        description="Fits how much each noise level counts when images are classified, on training "
+        "images that were held out, and keeps it in the model's folder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    calibrate.add_argument("model", metavar="PATH", help="folder of a saved pipeline")
+    calibrate.add_argument(
+        "--reference", required=True, metavar="DATASET", help="Hub id, local data set or image folder"
+    )
+    calibrate.add_argument("--cache_dir", help="cache of `datasets`")
+    calibrate.add_argument(
+        "--num_images", type=positive_integer, default=1000, help="of all classes, at most"
+    )
+    calibrate.add_argument("--num_evaluations", type=positive_integer, default=32, help="for each class")
+    calibrate.add_argument("--seed", type=int, default=0, help="of the noise")
+    calibrate.add_argument("--device", help="a GPU is taken where there is one")
+    calibrate.set_defaults(run=run_calibrate)
+
     evaluate = commands.add_parser(
         "evaluate",
         help="measure the images of a model",
@@ -111,6 +158,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--floors", action="store_true", help="measure real images and plain colours too, for scale"
+    )
+    evaluate.add_argument(
+        "--classification",
+        action="store_true",
+        help="measure the classifier instead, on `--num_images` of the split; writes classification.json and "
+        "reliability.png",
+    )
+    evaluate.add_argument(
+        "--num_evaluations", type=positive_integer, default=32, help="of the classifier, for each class"
+    )
+    evaluate.add_argument(
+        "--curve", action="store_true", help="measure its accuracy by evaluations too, which takes longer"
     )
     evaluate.add_argument("--steps", type=positive_integer, default=18, help="denoising steps")
     evaluate.add_argument("--guidance_scale", type=float, default=1.5, help="strength of the guidance")
@@ -248,8 +307,155 @@ def run_generate(args: argparse.Namespace) -> None:
     print(f"{len(images)} images, {' and '.join(pictures)} are in {out}.")
 
 
+def image_files(paths: list[Path]) -> list[Path]:
+    """Returns the files among the paths and in the folders among them, without hidden ones.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    files = []
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        files += [file for file in inside if not file.is_dir() and (file == path or file.name[0] != ".")]
+    if not files:
+        raise ValueError(f"There is no file in {', '.join(map(str, paths))}.")
+    return files
+
+
+def run_classify(args: argparse.Namespace) -> None:
+    """Classifies images, as `pet-pipeline classify` does; ends with an error if one could not be read."""
+    import torch
+    from PIL import Image
+
+    from .pipeline_pet_classification import PetClassificationPipeline
+    from .visualization import class_names, evidence_figure
+
+    files = image_files(args.images)
+    pipeline = PetClassificationPipeline.from_pipe(load_pipeline(args.model, device=args.device))
+    pipeline.set_progress_bar_config(disable=True)
+    good, tensors, bad = [], [], []
+    for file in files:
+        try:
+            tensors.append(pipeline.prepare_image(file, str(file)) / 2 + 0.5)
+            good.append(file)
+        except ValueError as error:
+            bad.append(str(error))
+            print(f"pet-pipeline: {error}", file=sys.stderr)
+    if not good:
+        raise ValueError("None of the files is an image.")
+    evidence = []
+    for start in range(0, len(good), 50):
+        output = pipeline(
+            tensors[start : start + 50],
+            num_evaluations=args.num_evaluations,
+            weighting=args.weighting,
+            generator=torch.Generator().manual_seed(args.seed),
+            return_evidence=args.evidence is not None,
+        )
+        evidence += output.evidence or []
+        for file, label, probabilities, evaluations in zip(
+            good[start:], output.labels, output.probabilities, output.num_evaluations
+        ):
+            if args.json:
+                record = {"image": str(file), "label": label, "probabilities": probabilities}
+                print(json.dumps({**record, "num_evaluations": evaluations}, ensure_ascii=False), flush=True)
+            else:
+                shares = ", ".join(f"{name} {share:.1%}" for name, share in probabilities.items())
+                print(f"{file}: {label} ({shares}; {evaluations} evaluations)", flush=True)
+    if args.evidence is not None:
+        pictures = []
+        for file in good:
+            with Image.open(file) as picture:
+                pictures.append(picture.convert("RGB"))
+        evidence_figure(pictures, evidence, class_names(pipeline)).save(args.evidence)
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(files)} files could not be classified.")
+
+
+def run_calibrate(args: argparse.Namespace) -> None:
+    """Calibrates a model, as `pet-pipeline calibrate` does."""
+    from .classification import class_errors, fit_calibration, measure_classification
+    from .evaluation import balanced_subset, load_reference
+    from .pipeline_pet_classification import PetClassificationPipeline
+    from .pipeline_pet_diffusion import PetDiffusionPipeline
+    from .visualization import class_names
+
+    if not Path(args.model).is_dir():
+        raise ValueError(
+            f"{args.model!r} is no folder; a calibration is kept in the folder of a saved pipeline."
+        )
+    pipeline = load_pipeline(args.model, device=args.device)
+    classifier = PetClassificationPipeline.from_pipe(pipeline)
+    classifier.set_progress_bar_config(disable=True)
+    resolution = pipeline.transformer.config.sample_size
+    reference = load_reference(
+        args.reference, class_names(pipeline), resolution, "validation", args.cache_dir
+    )
+    held_out = balanced_subset(reference.validation, args.num_images)
+    errors = class_errors(classifier, held_out, args.num_evaluations, seed=args.seed)
+    calibration = fit_calibration(errors, held_out.labels)
+    # Only the index changes: the weights stay as they are.
+    PetDiffusionPipeline.from_pipe(pipeline, calibration=calibration).save_config(args.model)
+    weights = classifier.band_weights(errors.sigmas, calibration, held_out.images[0].numel())
+    measures = measure_classification(
+        (-(errors.errors * weights).mean(-1)).softmax(1), held_out.labels, class_names(pipeline)
+    )
+    print(f"calibration: {calibration['weights']}")
+    print(
+        f"{len(held_out)} images, by which it was fitted: accuracy {measures['accuracy']:.3f}, log-loss "
+        f"{measures['log_loss']:.3f}, calibration error {measures['calibration_error']:.3f}"
+    )
+
+
+def run_evaluate_classification(args: argparse.Namespace) -> None:
+    """Measures the classifier, as `pet-pipeline evaluate --classification` does."""
+    from .classification import accuracy_curve, evaluate_classification
+    from .evaluation import balanced_subset, class_accuracy, load_classifier, load_reference, save_record
+    from .pipeline_pet_classification import PetClassificationPipeline
+    from .visualization import class_names, reliability_diagram
+
+    pipeline = PetClassificationPipeline.from_pipe(load_pipeline(args.model, device=args.device))
+    pipeline.set_progress_bar_config(disable=True)
+    names = class_names(pipeline)
+    resolution = pipeline.transformer.config.sample_size
+    reference = load_reference(args.reference, names, resolution, args.split, args.cache_dir)
+    images = balanced_subset(reference.images, args.num_images)
+    measures, probabilities = evaluate_classification(
+        pipeline, images, args.num_evaluations, args.batch_size, args.seed
+    )
+    record = {
+        "settings": {
+            "model": args.model,
+            "reference": args.reference,
+            "split": args.split,
+            "num_evaluations": args.num_evaluations,
+            "seed": args.seed,
+        },
+        "measures": measures,
+    }
+    network = load_classifier(names)
+    if network is not None:
+        measures["network_accuracy"] = class_accuracy(images.images, images.labels, network)
+    if args.curve:
+        record["curve"] = accuracy_curve(pipeline, images, args.num_evaluations, args.batch_size, args.seed)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    save_record(record, out / "classification.json")
+    reliability_diagram(probabilities, images.labels).save(out / "reliability.png")
+    print("| measure | value |\n|---|---|")
+    for name, value in measures.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {share:.3f}" for key, share in value.items())
+        print(f"| {name.replace('_', ' ')} | {value if isinstance(value, (str, int)) else f'{value:.4f}'} |")
+    for point in record.get("curve", []):
+        print("| " + " | ".join(str(value) for value in point.values()) + " |")
+    print(f"classification.json and reliability.png are in {out}.")
+
+
 def run_evaluate(args: argparse.Namespace) -> None:
     """Measures a model, as `pet-pipeline evaluate` does."""
+    if args.classification:
+        return run_evaluate_classification(args)
     from .evaluation import evaluate, load_reference, markdown_table, neighbor_grid, save_record
     from .metrics import FEATURE_EXTRACTORS
     from .visualization import class_names, sample_grid

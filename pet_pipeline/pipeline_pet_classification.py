@@ -406,18 +406,28 @@ class PetClassificationPipeline(DiffusionPipeline):
         `"elbo"`: $-\ln p(x|c) = \int E\|D - x\|^2 \sigma^{-2} d\ln\sigma$ up to a constant (Kingma and Gao
         2023), where $\|D - x\|^2 = c_{out}^2 \|F - F^*\|^2$.
         """
-        if weighting == "calibrated" and self.config.calibration is not None:
-            low, high = BAND_RANGE
-            bands = ((sigmas / low).log() / math.log(high / low) * NUM_BANDS).long().clamp(0, NUM_BANDS - 1)
-            return torch.tensor(self.config.calibration["weights"])[bands]
-        low, high = BAND_RANGE
         if weighting == "elbo":
             low, high = self.scheduler.config.sigma_min, self.scheduler.config.sigma_max
-        else:
+            return self.likelihood_weights(sigmas, num_values, low, high)
+        if self.config.calibration is None:
             logger.warning_once(
                 "This pipeline is not calibrated, so its probabilities are too sure; "
                 "`pet-pipeline calibrate` mends that."
             )
+        return self.band_weights(sigmas, self.config.calibration, num_values)
+
+    def band_weights(self, sigmas: torch.Tensor, calibration: dict | None, num_values: int) -> torch.Tensor:
+        """Returns the weights of a calibration, or those of the likelihood bound where there is none."""
+        low, high = BAND_RANGE
+        if calibration is None:
+            return self.likelihood_weights(sigmas, num_values, low, high)
+        bands = ((sigmas / low).log() / math.log(high / low) * NUM_BANDS).long().clamp(0, NUM_BANDS - 1)
+        return torch.tensor(calibration["weights"])[bands]
+
+    def likelihood_weights(
+        self, sigmas: torch.Tensor, num_values: int, low: float, high: float
+    ) -> torch.Tensor:
+        """Returns σ⁻² c_out² for each value of an image, times the length of the range in ln σ."""
         sigma_data = self.scheduler.config.sigma_data
         return math.log(high / low) * num_values * sigma_data**2 / (sigmas**2 + sigma_data**2)
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .pipeline_pet_classification import ClassificationEvidence
 from .pipeline_pet_diffusion import PetDiffusionPipeline
 
 
@@ -169,7 +170,6 @@ def loss_curves(metrics_path: str | Path) -> Image.Image:
     Args:
         metrics_path (`str` or `Path`): the run's `metrics.jsonl`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in Path(metrics_path).read_text().splitlines()]
@@ -212,6 +212,74 @@ def loss_curves(metrics_path: str | Path) -> Image.Image:
     right.set(xlabel="σ", ylabel="validation loss", xscale="log", title="validation loss by noise level")
     if validation:
         right.legend(fontsize=8)
+    return _drawn(figure)
+
+
+def evidence_figure(
+    images: list[Image.Image], evidence: list[ClassificationEvidence], names: list[str]
+) -> Image.Image:
+    """Draws why images were classified as they were, a row each.
+
+    Left the image, then where it speaks for the best class (red) or for the second best (blue), then how much
+    larger the error of each class is than that of the best, by noise level.
+
+    Args:
+        images (`list[Image.Image]`): the images, of any size.
+        evidence (`list[ClassificationEvidence]`): of each, as [`PetClassificationPipeline`] returns it.
+        names (`list[str]`): names of the classes, in the order of their ids.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 2.6 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), 3, squeeze=False, width_ratios=(1, 1, 2))
+    for (left, middle, right), image, item in zip(axes, images, evidence):
+        best, second = item.labels
+        left.imshow(image.convert("RGB"))
+        left.set(title=best)
+        limit = item.difference.abs().max().item() or 1.0
+        middle.imshow(item.difference.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+        middle.set(title=f"red: {best}, blue: {second}")
+        for axis in (left, middle):
+            axis.set_axis_off()
+        for name, errors in zip(names, item.errors):
+            if name != best:
+                excess = (errors - item.errors[names.index(best)]).numpy()
+                right.plot(item.sigmas.numpy(), excess, marker=".", label=f"{name} less {best}")
+        right.axhline(0, color="0.7", linewidth=0.8)
+        right.set(xscale="log", xlabel="σ", title="error of the other class less that of the best")
+        right.legend(fontsize=8)
+    return _drawn(figure)
+
+
+def reliability_diagram(probabilities: torch.Tensor, labels: torch.Tensor, num_bins: int = 10) -> Image.Image:
+    """Draws how often answers of each confidence are right; on the diagonal, confidences can be trusted.
+
+    Args:
+        probabilities (`torch.Tensor` of shape `(N, classes)`): of each class.
+        labels (`torch.Tensor` of shape `(N,)`): the true classes.
+        num_bins (`int`, defaults to 10): bins of equal numbers of images.
+    """
+    from matplotlib.figure import Figure
+
+    confidences, found = probabilities.max(1)
+    hits = (found == labels).float()
+    bins = [rows for rows in confidences.argsort().tensor_split(num_bins) if len(rows)]
+    means = [confidences[rows].mean().item() for rows in bins]
+    shares = [hits[rows].mean().item() for rows in bins]
+    errors = [(share * (1 - share) / len(rows)) ** 0.5 for share, rows in zip(shares, bins)]
+    figure = Figure(figsize=(4.5, 4), layout="constrained")
+    axis = figure.subplots()
+    start = 1 / probabilities.shape[1]
+    axis.plot([start, 1], [start, 1], color="0.7", linewidth=0.8)
+    axis.errorbar(means, shares, yerr=errors, marker="o", capsize=2)
+    axis.set(xlabel="confidence", ylabel="share that is right", title=f"{len(labels):,} images")
+    return _drawn(figure)
+
+
+def _drawn(figure: Any) -> Image.Image:
+    """Returns a matplotlib figure as an image."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
