@@ -5,9 +5,11 @@
 
     python train_pet.py --help          # every option
     accelerate launch train_pet.py … --resume_from_checkpoint latest
+    accelerate launch train_pet.py … --push_to_hub
 
-The folder then holds a `PetDiffusionPipeline` of the averaged (EMA) weights, `best/` the same at the lowest
-validation loss, `samples/` the pictures, and `metrics.jsonl` every logged number.
+The folder then holds a `PetDiffusionPipeline` of the averaged (EMA) weights with its model card and samples,
+`best/` the pipeline at the lowest validation loss, `samples/` the pictures, and `metrics.jsonl` every logged
+number.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,11 +44,21 @@ from pet_pipeline.data import (
     stratified_split,
     to_model_range,
 )
+from pet_pipeline.hub import (
+    EVALUATION_FILES,
+    TrainingReport,
+    create_repository,
+    push_folder,
+    render_model_card,
+)
 from pet_pipeline.losses import PRESETS as LOSS_PRESETS
 from pet_pipeline.metrics import validation_loss
 from pet_pipeline.optimization import create_optimizer, learning_rate_factor
 from pet_pipeline.transformer_pet import PRESETS as MODEL_PRESETS
 from pet_pipeline.visualization import denoising_strip, loss_curves, sample_grid, step_comparison
+
+
+MODEL_CARD = Path(__file__).with_name("model_card.md")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -179,6 +192,25 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--tracker_project_name", default="train_pet", help="name of the project in the tracker"
     )
 
+    group = parser.add_argument_group("hub")
+    group.add_argument(
+        "--push_to_hub", action=flag, default=False, help="publish the pipeline on the Hugging Face Hub"
+    )
+    group.add_argument(
+        "--hub_model_id", help="repository, USER/NAME or NAME; the name of the output folder if not given"
+    )
+    group.add_argument(
+        "--hub_private_repo", action=flag, help="only its owner sees it; by default, as their settings say"
+    )
+    group.add_argument(
+        "--hub_token",
+        help="better set HF_TOKEN or use `hf auth login`: others see a command line, and `accelerate launch` "
+        "prints it when a run fails",
+    )
+    group.add_argument(
+        "--hub_strategy", choices=["end", "checkpoint"], default="end", help="push at each checkpoint too"
+    )
+
     args = parser.parse_args(arguments)
     for name in (
         "train_batch_size",
@@ -210,6 +242,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         )
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         parser.error("--mixed_precision fp16 needs a GPU; use bf16 or no")
+    for name in ("hub_model_id", "hub_private_repo", "hub_token", "hub_strategy"):
+        if not args.push_to_hub and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} has no use without --push_to_hub")
+    if args.hub_token is not None and args.report_to == "wandb":
+        parser.error("wandb records the command line, and so --hub_token: set HF_TOKEN instead")
     return args
 
 
@@ -386,6 +423,9 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
             f"{args.output_dir!r} holds the checkpoints of another run: continue it with "
             "--resume_from_checkpoint latest, or choose another --output_dir."
         )
+    repo_id = args.hub_model_id or output_dir.resolve().name
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = create_repository(repo_id, args.hub_private_repo, args.hub_token).id
     output_dir.mkdir(parents=True, exist_ok=True)
     transformer, loss_function, optimizer, train_loader = accelerator.prepare(
         transformer, loss_function, optimizer, train_loader
@@ -416,11 +456,14 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         metrics_path.write_text("".join(line + "\n" for line in kept))
     if args.report_to is not None:
         plain = {
-            key: value for key, value in vars(args).items() if isinstance(value, (int, float, str, bool))
+            key: value
+            for key, value in vars(args).items()
+            if isinstance(value, (int, float, str, bool)) and key != "hub_token"
         }
         accelerator.init_trackers(args.tracker_project_name, config=plain)
 
     start_time = time.monotonic() - state.seconds
+    validation_losses: dict[int, float] = {}  # by step
 
     def progress() -> float:
         """Share of the training that is done, by steps or by the clock, whichever is further."""
@@ -470,7 +513,7 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         pipeline = ema_pipeline()
         with accelerator.autocast():
             errors = validation_loss(pipeline.transformer, scheduler, validation_set, args.train_batch_size)
-        loss = sum(errors.values()) / len(errors)
+        loss = validation_losses[state.step] = sum(errors.values()) / len(errors)
         log(
             {
                 "validation/loss": loss,
@@ -492,6 +535,38 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
             strip = denoising_strip(pipeline, args.seed)
         log_picture("samples", grid, f"samples-{state.step:06}.png")
         log_picture("denoising", strip, f"denoising-{state.step:06}.png")
+
+    def save_pipeline() -> None:
+        """Saves the EMA pipeline with its samples and its card; on the main process."""
+        pipeline = ema_pipeline()
+        pipeline.save_pretrained(output_dir)
+        for name in EVALUATION_FILES:  # of earlier weights
+            (output_dir / name).unlink(missing_ok=True)
+        sample_grid(pipeline, num_images=8, seed=0).save(output_dir / "samples.png")
+        kind = accelerator.device.type
+        device = (
+            torch.cuda.get_device_name() if kind == "cuda" else f"{kind} ({torch.get_num_threads()} threads)"
+        )
+        report = TrainingReport(
+            dataset_name=args.dataset_name,
+            options=vars(args),
+            num_train_images=len(train_set),
+            num_held_out_images=len(dataset) - len(train_set),
+            num_validation_images=len(validation_set),
+            num_steps=state.step,
+            num_images_seen=state.images,
+            seconds=state.seconds,
+            device=f"{accelerator.num_processes} × {device}",
+            precision=accelerator.mixed_precision,
+            base_model=args.pretrained_model_name_or_path,
+            validation_loss=validation_losses.get(state.step),
+        )
+        card = render_model_card(output_dir, MODEL_CARD, pipeline, report)
+        (output_dir / "README.md").write_text(card, encoding="utf-8")
+
+    def push(message: str) -> str:
+        """Publishes the saved pipeline; returns the address."""
+        return push_folder(output_dir, repo_id, args.hub_private_repo, args.hub_token, message)
 
     # 5. Training loop
     progress_bar = tqdm(
@@ -573,6 +648,12 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
                 preview()
             if state.step % args.checkpointing_steps == 0 or done >= 1:
                 save_checkpoint(accelerator, output_dir, state.step, args.checkpoints_total_limit)
+                if args.hub_strategy == "checkpoint" and done < 1 and accelerator.is_main_process:
+                    save_pipeline()
+                    try:
+                        push(f"Step {state.step:,}")
+                    except (ValueError, OSError) as error:  # the next push brings what this one did not
+                        warnings.warn(f"Step {state.step:,} was not pushed to the Hub. {error}", stacklevel=1)
             if done >= 1:
                 break
         else:
@@ -580,7 +661,7 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
             state.micro_step = 0
     progress_bar.close()
 
-    # 6. Last measurements, pictures, and the pipeline
+    # 6. Last measurements, pictures, the pipeline, and the Hub
     validate()
     preview()
     if accelerator.is_main_process:
@@ -589,9 +670,17 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
             comparison = step_comparison(pipeline, seed=args.seed)
         log_picture("step_comparison", comparison, "step-comparison.png")
         log_picture("curves", loss_curves(metrics_path), "curves.png")
-        pipeline.save_pretrained(output_dir)
+        save_pipeline()
         accelerator.print(f"Saved the pipeline in {output_dir}; its pictures are in {samples_dir}.")
     accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            print(f"Pushed it to the Hub: {push(f'End of the training, step {state.step:,}')}")
+        except (ValueError, OSError) as error:
+            sys.exit(
+                f"train_pet.py: {error} The pipeline is saved in {output_dir}; push it later with "
+                f"`pet-pipeline push {output_dir} {repo_id}`."
+            )
 
 
 if __name__ == "__main__":

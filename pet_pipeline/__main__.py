@@ -180,6 +180,20 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch_size", type=positive_integer, default=64, help="images at once")
     evaluate.add_argument("--out", default="evaluation", metavar="FOLDER", help="where the files go")
     evaluate.set_defaults(run=run_evaluate)
+
+    push = commands.add_parser(
+        "push",
+        help="publish a model on the Hugging Face Hub",
+        description="Publishes a saved pipeline in one commit: its code, configurations and weights, and its "
+        "README.md, samples and evaluation where it has them; nothing else that lies in the folder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    push.add_argument("folder", metavar="PATH", help="folder of a saved pipeline")
+    push.add_argument("repo_id", metavar="REPO", help="USER/NAME, or NAME for the owner of the token")
+    push.add_argument("--private", action="store_true", help="only its owner sees it")
+    push.add_argument("--token", help="better set HF_TOKEN or use `hf auth login`: others see a command line")
+    push.add_argument("--message", default="Upload the pipeline", help="of the commit")
+    push.set_defaults(run=run_push)
     return parser
 
 
@@ -482,9 +496,11 @@ def run_evaluate(args: argparse.Namespace) -> None:
         with_floors=args.floors,
         **settings,
     )
+    is_local = Path(args.reference).exists()
     record["settings"] = {
         "model": args.model,
-        "reference": args.reference,
+        # Absolute, a path cannot be taken for a Hub id.
+        "reference": str(Path(args.reference).resolve()) if is_local else args.reference,
         "split": args.split,
         **record["settings"],
     }
@@ -495,6 +511,14 @@ def run_evaluate(args: argparse.Namespace) -> None:
     sample_grid(pipeline, seed=args.seed, **settings).save(out / "samples.png")
     print(markdown_table(record, Path(args.model).name if args.model else "bundled model"))
     print(f"evaluation.json, samples.png and neighbors.png are in {out}.")
+
+
+def run_push(args: argparse.Namespace) -> None:
+    """Publishes a folder, as `pet-pipeline push` does."""
+    from .hub import push_folder
+
+    url = push_folder(args.folder, args.repo_id, args.private or None, args.token, args.message)
+    print(f"{args.folder} is on the Hub: {url}")
 
 
 def main(arguments: list[str] | None = None) -> int:

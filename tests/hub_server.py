@@ -1,0 +1,212 @@
+"""A stand-in for the Hugging Face Hub on the loopback interface: what pushing and loading need of it."""
+
+import base64
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+
+@dataclass
+class Repository:
+    """A model repository; every commit is a whole tree, its files by path."""
+
+    private: bool
+    commits: list[dict[str, bytes]] = field(default_factory=lambda: [{".gitattributes": b"lfs\n"}])
+    messages: list[str] = field(default_factory=lambda: ["initial commit"])
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.commits[-1]
+
+    @property
+    def sha(self) -> str:
+        return hashlib.sha1(f"commit {len(self.commits)}".encode()).hexdigest()
+
+
+def is_lfs(path: str) -> bool:
+    return path.endswith((".safetensors", ".png"))
+
+
+def object_id(path: str, content: bytes) -> str:
+    """SHA-256 of what is in large file storage, git's own hash of what is not."""
+    if is_lfs(path):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class HubServer(ThreadingHTTPServer):
+    """Serves until it is closed.
+
+    Args:
+        token (`str`): the one that may write; any other is refused.
+        user (`str`): its owner.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, token: str, user: str = "user") -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.token, self.user = token, user
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repositories: dict[str, Repository] = {}
+        self.storage: dict[str, bytes] = {}
+        self.requests: list[str] = []  # "METHOD /path"
+        # Part of a path → status to answer with, or 0 to drop the connection.
+        self.faults: dict[str, int] = {}
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def respond(self, content: object = None, status: int = 200, **headers: str) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def refuse(self, status: int, message: str, **headers: str) -> None:
+        self.respond({"error": message}, status, X_Error_Message=message, **headers)
+
+    def handle_request(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.requests.append(f"{self.command} {path}")
+        for part, status in self.server.faults.items():
+            if part in path:
+                if status:
+                    return self.refuse(status, f"made to fail for {self.headers['Authorization']}")
+                self.close_connection = True
+                return None
+        if path.startswith("/storage/"):  # on the Hub another host, which sees no token
+            self.server.storage[path.rpartition("/")[2]] = body
+            return self.respond({})
+        authorization = self.headers.get("Authorization")
+        if authorization not in (None, f"Bearer {self.server.token}"):
+            return self.refuse(401, "Invalid credentials in Authorization header")
+        words = path.strip("/").split("/")
+        if path == "/api/repos/create":
+            return self.create(json.loads(body), authorization)
+        if path == "/api/validate-yaml":
+            return self.check_card(json.loads(body))
+        if words[0] == "api" and words[1] != "models":  # what the library asks for by the way
+            return self.refuse(404, "Not found")
+        if words[0] == "api":
+            repo_id, action, rest = "/".join(words[2:4]), words[4:5], words[5:]
+        else:
+            repo_id, action, rest = "/".join(words[:2]).removesuffix(".git"), words[2:3], words[3:]
+        repository = self.server.repositories.get(repo_id)
+        if repository is None or (repository.private and authorization is None):
+            status = 404 if authorization else 401
+            return self.refuse(status, "Repository not found", X_Error_Code="RepoNotFound")
+        if action == ["resolve"]:
+            return self.resolve(repository, "/".join(rest[1:]))
+        if action == ["tree"]:
+            return self.tree(repository)
+        if action in ([], ["revision"]):
+            siblings = [{"rfilename": name} for name in repository.files]
+            about = {
+                "id": repo_id,
+                "private": repository.private,
+                "sha": repository.sha,
+                "siblings": siblings,
+            }
+            return self.respond(about)
+        if authorization is None:
+            return self.refuse(401, "Invalid username or password.")
+        if action == ["auth-check"]:
+            return self.respond({})
+        if action == ["preupload"]:
+            return self.preupload(repository, json.loads(body))
+        if action == ["info"]:
+            return self.offer_storage(json.loads(body))
+        assert action == ["commit"], path
+        return self.commit(repository, repo_id, [json.loads(line) for line in body.splitlines()])
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+
+    def create(self, data: dict, authorization: str | None) -> None:
+        if authorization is None:
+            return self.refuse(401, "Invalid username or password.")
+        owner = data["organization"] or self.server.user
+        if owner != self.server.user:
+            return self.refuse(403, f"You don't have the rights to create a model under {owner}")
+        repo_id = f"{owner}/{data['name']}"
+        url = {"url": f"{self.server.url}/{repo_id}"}
+        if repo_id in self.server.repositories:
+            return self.respond({**url, "error": "You already created this model repo"}, 409)
+        self.server.repositories[repo_id] = Repository(data.get("visibility") == "private")
+        return self.respond(url)
+
+    def check_card(self, data: dict) -> None:
+        """Answers as the Hub does to metadata that is none."""
+        try:
+            metadata = yaml.safe_load(data["content"].split("---\n")[1])
+            assert all(value not in (None, "", [], {}) for value in metadata.values())
+        except Exception as error:
+            errors = [{"message": f"not metadata: {error}"}]
+            return self.respond({"errors": errors, "warnings": []}, 400)
+        return self.respond({"errors": [], "warnings": []})
+
+    def preupload(self, repository: Repository, data: dict) -> None:
+        files = []
+        for entry in data["files"]:
+            name, known = entry["path"], repository.files.get(entry["path"])
+            mode = "lfs" if is_lfs(name) else "regular"
+            oid = None if known is None else object_id(name, known)
+            files.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self.respond({"files": files})
+
+    def offer_storage(self, data: dict) -> None:
+        objects = []
+        for entry in data["objects"]:
+            upload = {"href": f"{self.server.url}/storage/{entry['oid']}"}
+            actions = {} if entry["oid"] in self.server.storage else {"actions": {"upload": upload}}
+            objects.append({**entry, **actions})
+        self.respond({"transfer": "basic", "objects": objects})
+
+    def commit(self, repository: Repository, repo_id: str, lines: list[dict]) -> None:
+        files = dict(repository.files)
+        for line in lines[1:]:
+            name = line["value"]["path"]
+            if line["key"] == "file":
+                files[name] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "lfsFile":
+                files[name] = self.server.storage[line["value"]["oid"]]
+            else:
+                assert line["key"] == "deletedFile", line
+                del files[name]
+        repository.commits.append(files)
+        repository.messages.append(lines[0]["value"]["summary"])
+        url = f"{self.server.url}/{repo_id}/commit/{repository.sha}"
+        self.respond({"commitUrl": url, "commitOid": repository.sha, "success": True})
+
+    def tree(self, repository: Repository) -> None:
+        entries = []
+        for name, content in repository.files.items():
+            entry = {"type": "file", "path": name, "size": len(content), "oid": object_id(name, content)}
+            if is_lfs(name):
+                entry["lfs"] = {"oid": object_id(name, content), "size": len(content), "pointerSize": 130}
+            entries.append(entry)
+        self.respond(entries)
+
+    def resolve(self, repository: Repository, name: str) -> None:
+        content = repository.files.get(name)
+        if content is None:
+            return self.refuse(404, "Entry not found", X_Error_Code="EntryNotFound")
+        headers = {"ETag": f'"{object_id(name, content)}"', "X-Repo-Commit": repository.sha}
+        if is_lfs(name):
+            headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(content))}
+        return self.respond(content, **headers)
