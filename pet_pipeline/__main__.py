@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     classify = commands.add_parser(
         "classify",
         help="tell the class of images",
-        description="Tells which class each image is of; prints a line for each. A file that is not an image is "
+        description="Tells which class each image is of, a line each. A file that is not an image is "
         "named, and the others are still classified.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
