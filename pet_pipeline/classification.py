@@ -101,7 +101,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 def calibration_error(confidences: torch.Tensor, hits: torch.Tensor, num_bins: int = 10) -> float:
     """Returns the expected calibration error (Guo et al. 2017), over bins of equal numbers of images."""
-    order = confidences.argsort()
+    order = confidences.argsort(stable=True)
     total = 0.0
     for rows in order.tensor_split(num_bins):
         if len(rows):

@@ -1,0 +1,169 @@
+import json
+import math
+
+import pytest
+import torch
+from conftest import random_model
+from oracles import GaussianDenoiser
+from PIL import Image
+
+from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
+from pet_pipeline.__main__ import main
+from pet_pipeline.classification import (
+    ClassErrors,
+    accuracy_curve,
+    calibration_error,
+    class_errors,
+    evaluate_classification,
+    fit_calibration,
+    measure_classification,
+    wilson_interval,
+)
+from pet_pipeline.data import ImageDataset
+from pet_pipeline.pipeline_pet_classification import BAND_RANGE, NUM_BANDS
+from pet_pipeline.visualization import evidence_figure, reliability_diagram
+
+
+def gaussian_classifier(**kwargs):
+    pipe = PetClassificationPipeline(
+        GaussianDenoiser(0.3), AdaptiveEDMScheduler(), id2label={0: "dark", 1: "bright"}, **kwargs
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def gaussian_dataset(num_images, seed=0):
+    """Images whose class is uncertain: the posterior log-odds have a standard deviation of about 3."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = 0.3 * torch.randn(num_images, 3, 8, 8, generator=generator)
+    pixels -= pixels.mean((1, 2, 3), True)
+    log_odds = 3 * torch.randn(num_images, generator=generator)
+    pixels += (log_odds * 0.3**2 / 192).view(-1, 1, 1, 1)
+    labels = (torch.rand(num_images, generator=generator) < log_odds.sigmoid()).long()
+    images = (pixels * 127.5 + 127.5).round().clamp(0, 255).byte()
+    return ImageDataset(images, labels, ["dark", "bright"])
+
+
+def test_calibration_finds_the_informative_band_and_true_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    sigmas = (math.log(BAND_RANGE[0]) + (torch.arange(32) + 0.5) / 32 * math.log(200)).exp()
+    labels = torch.arange(4000) % 2
+    errors = torch.randn(4000, 2, 32, generator=generator)
+    # Only the third band knows the class: its mean differs by as much as its own noise.
+    errors[torch.arange(4000), labels, 8:12] -= 0.5
+    calibration = fit_calibration(ClassErrors(errors, sigmas), labels)
+    weights = torch.tensor(calibration["weights"])
+    assert len(weights) == NUM_BANDS and weights.argmax() == 2 and weights.min() >= 0
+    assert weights[2] > 10 * weights.sum() / NUM_BANDS / 2
+    expanded = weights.repeat_interleave(4)
+    measures = measure_classification((-(errors * expanded).mean(-1)).softmax(1), labels, ["a", "b"])
+    # Optimal: four draws, each 0.5 apart with unit noise of both classes.
+    optimal = 0.5 * (1 + math.erf(0.5 * 2 / math.sqrt(2) / math.sqrt(2)))
+    assert measures["accuracy"] == pytest.approx(optimal, abs=0.02)
+    assert measures["calibration_error"] < 0.03
+
+
+def test_measures():
+    probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.4, 0.6]])
+    measures = measure_classification(probabilities, torch.tensor([0, 1, 1, 1]), ["a", "b"])
+    assert measures["accuracy"] == 0.75 and measures["recall"] == {"a": 1.0, "b": pytest.approx(2 / 3)}
+    expected = -(math.log(0.9) + math.log(0.1) + math.log(0.8) + math.log(0.6)) / 4
+    assert measures["log_loss"] == pytest.approx(expected, rel=1e-5)
+    assert wilson_interval(50, 100) == pytest.approx((0.404, 0.596), abs=1e-3)
+    assert measures["accuracy_low"] < 0.75 < measures["accuracy_high"]
+    sure = torch.full((100,), 0.9)
+    assert calibration_error(sure, torch.arange(100) % 10 > 0) == pytest.approx(0, abs=0.02)
+    assert calibration_error(sure, torch.zeros(100, dtype=torch.bool)) == pytest.approx(0.9)
+
+
+def test_the_classifier_is_measured_and_sharing_noise_helps():
+    dataset = gaussian_dataset(60)
+    pipe = gaussian_classifier()
+    errors = class_errors(pipe, dataset, 8)
+    assert errors.errors.shape == (60, 2, 4) and errors.sigmas.diff().min() > 0
+    measures, probabilities = evaluate_classification(pipe, dataset, 8)
+    assert probabilities.shape == (60, 2) and measures["evaluations_per_image"] == 16
+    assert measures["accuracy"] > 0.6
+    points = accuracy_curve(pipe, dataset, 16)
+    best = {
+        noise: max(p["accuracy"] for p in points if p["noise"] == noise)
+        for noise in ("shared", "independent")
+    }
+    assert best["shared"] > best["independent"]
+    assert {p["num_evaluations"] for p in points} == {2, 4, 8, 16}
+    calibrated = gaussian_classifier(calibration={"weights": [1.0] * NUM_BANDS})
+    assert {p["weighting"] for p in accuracy_curve(calibrated, dataset.subset(torch.arange(4)), 4)} == {
+        "calibrated",
+        "uncalibrated",
+    }
+
+
+def test_figures_are_drawn():
+    dataset = gaussian_dataset(20)
+    output = gaussian_classifier()(dataset.images[:2], 8, return_evidence=True)
+    picture = Image.fromarray(dataset.images[0].permute(1, 2, 0).numpy())
+    figure = evidence_figure([picture, picture], output.evidence, ["dark", "bright"])
+    assert figure.width > 800 and figure.height > 400
+    probabilities = torch.rand(20, 2).softmax(1)
+    assert reliability_diagram(probabilities, dataset.labels).width > 300
+
+
+@pytest.fixture
+def saved(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_classify_names_bad_files_and_classifies_the_others(saved, image_folder, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    (folder / "inside").mkdir(parents=True)
+    for name in ("a.png", "c.png"):
+        Image.new("RGB", (20, 30), "red").save(folder / name)
+    (folder / "b.txt").write_text("no image")
+    (folder / ".hidden").write_text("no image")
+    words = ["classify", str(folder), "--model", saved, "--num_evaluations", "4"]
+    assert main([*words, "--json", "--evidence", str(tmp_path / "why.png")]) == 1
+    output, error = capsys.readouterr()
+    records = [json.loads(line) for line in output.splitlines()]
+    assert [record["image"] for record in records] == [str(folder / "a.png"), str(folder / "c.png")]
+    assert records[0]["probabilities"] == records[1]["probabilities"] and records[0]["num_evaluations"] == 8
+    assert "b.txt' cannot be read as an image" in error and "1 of 3 files" in error and "hidden" not in error
+    assert (tmp_path / "why.png").exists()
+    assert main(["classify", str(folder / "a.png"), "--model", saved, "--num_evaluations", "2"]) == 0
+    assert f"{folder / 'a.png'}: " in capsys.readouterr().out
+    for words, message in (
+        ([str(folder / "inside")], "There is no file"),
+        ([str(folder / "b.txt")], "None of the files is an image"),
+        ([str(folder / "missing.png")], "None of the files is an image"),
+        ([str(folder / "a.png"), "--num_evaluations", "3"], "even"),
+    ):
+        assert main(["classify", *words, "--model", saved]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_calibrate_keeps_weights_and_evaluate_uses_them(saved, image_folder, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").rglob("*.safetensors")}
+    words = [saved, "--reference", str(image_folder), "--cache_dir", str(tmp_path / "cache")]
+    assert main(["calibrate", *words, "--num_evaluations", "16"]) == 0
+    assert "4 images, by which it was fitted: accuracy" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "model").rglob("*.safetensors")}
+    weights = PetDiffusionPipeline.from_pretrained(saved).config.calibration["weights"]
+    assert len(weights) == NUM_BANDS and min(weights) >= 0
+    words = ["evaluate", *words, "--classification", "--curve", "--num_images", "8", "--num_evaluations", "4"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"classification.json", "reliability.png"}
+    record = json.loads((tmp_path / "out" / "classification.json").read_text())
+    assert record["measures"]["num_images"] == 8 and len(record["curve"]) == 8
+    assert 0 <= record["measures"]["network_accuracy"] <= 1
+    assert "| accuracy |" in capsys.readouterr().out
+    assert main(["calibrate", "nowhere", "--reference", str(image_folder)]) == 1
+    assert "'nowhere' is no folder" in capsys.readouterr().err
+
+
+def test_a_model_of_one_class_cannot_classify(tmp_path, image_folder, capsys):
+    PetDiffusionPipeline(random_model(num_classes=1), AdaptiveEDMScheduler()).save_pretrained(
+        tmp_path / "one"
+    )
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert main(["classify", str(tmp_path / "a.png"), "--model", str(tmp_path / "one")]) == 1
+    assert "one class" in capsys.readouterr().err
