@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 EVALUATION_FILES = ("evaluation.json", "neighbors.png")  # of `pet-pipeline evaluate`
 # Published where they are there, beside the index and the pipeline's code.
+PIPELINE_FILES = ("pipeline_pet_diffusion.py", "pipeline_pet_classification.py")
 OPTIONAL_FILES = ("README.md", "samples.png", *EVALUATION_FILES)
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # Libraries whose classes need no source file beside the weights.
@@ -179,7 +180,8 @@ def published_files(folder: str | Path) -> list[str]:
             f"{str(folder)!r} is not a complete pipeline, as {', '.join(missing)} is missing: load it with "
             "`PetDiffusionPipeline.from_pretrained`, and save it with `save_pretrained`."
         )
-    return files + [name for name in OPTIONAL_FILES if (folder / name).is_file()]
+    others = [name for name in (*PIPELINE_FILES, *OPTIONAL_FILES) if name not in files]
+    return files + [name for name in others if (folder / name).is_file()]
 
 
 def published_content(folder: Path, name: str, repo_id: str) -> Path | bytes:

@@ -27,6 +27,7 @@ from pet_pipeline.hub import TrainingReport, hub_id, published_files, push_folde
 TOKEN = "hf_secretsecretsecret"
 PIPELINE_FILES = {
     "model_index.json",
+    "pipeline_pet_classification.py",
     "pipeline_pet_diffusion.py",
     "scheduler/scheduler_config.json",
     "scheduler/scheduling_adaptive_edm.py",
