@@ -1,0 +1,100 @@
+"""Measures a model's images under many sampling settings; prints a Markdown row for each.
+
+    python tests/benchmarks/sweep_sampling.py guidance --dataset_name uoft-cs/cifar10
+    python tests/benchmarks/sweep_sampling.py steps --dataset_name uoft-cs/cifar10 --model out
+
+Every setting draws the same seeds, and is compared with training images, so that the test split stays unseen.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
+from pet_pipeline.evaluation import (
+    class_names,
+    generate_images,
+    load_classifier,
+    load_reference,
+    measure_images,
+)
+from pet_pipeline.metrics import EfficientNetLite0Features
+
+
+NONE = {"guidance_scale": 1.0}
+# Settings of the pipeline's call, and those of its scheduler.
+SWEEPS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
+    "guidance": [
+        (NONE, {}),
+        *(
+            ({"guidance_scale": scale, "guidance_schedule": schedule}, {})
+            for schedule in ("adaptive", "interval", "constant")
+            for scale in (1.5, 2.5, 4.0)
+        ),
+        ({"guidance_scale": 1.5, "guidance_schedule": "original"}, {}),
+    ],
+    "steps": [
+        ({"num_inference_steps": steps} | guidance, {"sigma_schedule": grid})
+        for grid in ("karras", "exponential")
+        for steps in (8, 12, 18, 35)
+        for guidance in (NONE, {})
+    ],
+    "grids": [
+        (NONE | {"num_inference_steps": steps}, {"sigma_schedule": grid})
+        for grid in ("karras", "exponential")
+        for steps in (12, 18, 35)
+    ],
+    "solvers": [
+        ({"num_inference_steps": 18}, {"solver": "multistep"}),
+        ({"num_inference_steps": 18}, {"solver": "euler"}),
+        ({"num_inference_steps": 9}, {"solver": "heun"}),
+        ({"num_inference_steps": 18}, {"solver": "euler", "s_churn": 5.0}),
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sweep", choices=list(SWEEPS))
+    parser.add_argument("--model", default=None, help="saved pipeline; the bundled one if not given")
+    parser.add_argument("--dataset_name", default="uoft-cs/cifar10")
+    parser.add_argument("--cache_dir")
+    parser.add_argument("--num_images", type=int, default=1000)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--out", type=Path, help="JSON file of the records, one a line")
+    args = parser.parse_args()
+
+    pipeline = PetDiffusionPipeline.from_pretrained(args.model)
+    pipeline.set_progress_bar_config(disable=True)
+    names = class_names(pipeline)
+    reference = load_reference(
+        args.dataset_name, names, pipeline.transformer.config.sample_size, cache_dir=args.cache_dir
+    )
+    extractor, classifier = EfficientNetLite0Features(), load_classifier(names)
+    config = pipeline.scheduler.config
+    print(
+        "| setting | FD-EffLite0 | KID-EffLite0 ×10³ | precision | recall | class accuracy | NFE | images/s |"
+    )
+    print("|---" * 8 + "|")
+    for settings, scheduler_settings in SWEEPS[args.sweep]:
+        pipeline.scheduler = AdaptiveEDMScheduler.from_config(config, **scheduler_settings)
+        generated = generate_images(pipeline, args.num_images, args.batch_size, **settings)
+        measures = measure_images(generated.images, generated.labels, reference, extractor, classifier)
+        name = ", ".join(str(value) for value in (settings | scheduler_settings).values())
+        print(
+            f"| {name} | {measures['fd_efflite0']:.1f} | {1000 * measures['kid_efflite0']:.2f} "
+            f"± {1000 * measures['kid_efflite0_std']:.2f} | {measures['precision']:.3f} "
+            f"| {measures['recall']:.3f} | {measures['class_accuracy']:.3f} "
+            f"| {generated.evaluations:.1f} | {1 / generated.seconds:.2f} |",
+            flush=True,
+        )
+        if args.out is not None:
+            with args.out.open("a") as file:
+                file.write(json.dumps({**settings, **scheduler_settings, **measures}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
