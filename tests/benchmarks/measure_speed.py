@@ -1,0 +1,129 @@
+"""Measures speeds, as ratios within one run; prints Markdown tables.
+
+    python tests/benchmarks/measure_speed.py attention     # linear against softmax attention, by tokens
+    python tests/benchmarks/measure_speed.py presets       # both presets, eager and compiled
+    python tests/benchmarks/measure_speed.py start         # from the start of the process to the first image
+
+Run it while nothing else runs.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from pet_pipeline import PetTransformer2DModel
+from pet_pipeline.transformer_pet import PetAttention
+
+
+def best_seconds(function: Callable[[], object], repeats: int = 5) -> float:
+    """The fastest of some calls, after one that warms up."""
+    function()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def attention_seconds(attention_type: str, tokens: int) -> tuple[float, float]:
+    """Seconds of forward, and of forward and backward, of one attention layer of the preset `small`."""
+    torch.manual_seed(0)
+    batch, side = max(1, 4096 // tokens), int(tokens**0.5)
+    layer = PetAttention(192, 3, 64, attention_type)
+    hidden_states = torch.randn(batch, tokens, 192, requires_grad=True)
+
+    @torch.no_grad()
+    def forward() -> None:
+        layer(hidden_states, side, side)
+
+    def backward() -> None:
+        layer(hidden_states, side, side).sum().backward()
+
+    return best_seconds(forward), best_seconds(backward)
+
+
+def peak_memory(attention_type: str, tokens: int) -> float:
+    """MiB that forward and backward add to the peak of a process of their own."""
+    code = (
+        "import resource, sys, torch; sys.path.insert(0, 'tests/benchmarks')\n"
+        "from measure_speed import attention_seconds\n"
+        "attention_seconds('linear', 64)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"attention_seconds({attention_type!r}, {tokens})\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
+    )
+    return float(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
+
+
+def measure_attention() -> None:
+    print("| tokens | batch | forward, softmax / linear | forward + backward | linear, MiB | softmax, MiB |")
+    print("|---" * 6 + "|")
+    for tokens in (64, 256, 1024, 4096):
+        linear, softmax = attention_seconds("linear", tokens), attention_seconds("softmax", tokens)
+        memory = [peak_memory(kind, tokens) for kind in ("linear", "softmax")]
+        ratios = f"{softmax[0] / linear[0]:.2f} | {softmax[1] / linear[1]:.2f}"
+        batch = max(1, 4096 // tokens)
+        print(f"| {tokens:,} | {batch} | {ratios} | {memory[0]:.0f} | {memory[1]:.0f} |", flush=True)
+
+
+def measure_presets() -> None:
+    print("| preset | mode | training step, images/s | forward, images/s |\n|---|---|---|---|")
+    for preset, batch in (("small", 64), ("base", 8)):
+        for compiled in (False, True):
+            torch.manual_seed(0)
+            model = PetTransformer2DModel.from_preset(preset)
+            if compiled:
+                model.compile()
+            images, timesteps = torch.randn(batch, 3, 32, 32), torch.zeros(batch)
+            labels = torch.zeros(batch, dtype=torch.long)
+
+            def backward(model=model, inputs=(images, timesteps, labels)) -> None:
+                model(*inputs, return_dict=False)[0].square().mean().backward()
+
+            @torch.no_grad()
+            def forward(model=model, inputs=(images, timesteps, labels)) -> None:
+                model(*inputs, return_dict=False)
+
+            step, sample = best_seconds(backward), best_seconds(forward)
+            mode = "compiled" if compiled else "eager"
+            print(f"| `{preset}` | {mode} | {batch / step:.1f} | {batch / sample:.1f} |", flush=True)
+
+
+def measure_start() -> None:
+    print("| from the start of a process | seconds |\n|---|---|")
+    steps = {
+        "`import pet_pipeline`": "import pet_pipeline",
+        "PyTorch alone": "import torch",
+        "the pipeline's imports": "from pet_pipeline import PetDiffusionPipeline",
+        "the bundled model loaded": "from pet_pipeline import PetDiffusionPipeline as P\npipe = P.from_pretrained()",
+        "one image": "from pet_pipeline import PetDiffusionPipeline as P\nP.from_pretrained()('cat')",
+    }
+    for name, code in steps.items():
+
+        def run(code: str = code) -> None:
+            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+        print(f"| {name} | {best_seconds(run, 3):.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    measurements = {"attention": measure_attention, "presets": measure_presets, "start": measure_start}
+    parser.add_argument("what", choices=list(measurements))
+    measurements[parser.parse_args().what]()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak memory of this process: {peak:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
