@@ -54,8 +54,7 @@ class ClassificationEvidence:
 
     Args:
         sigmas (`torch.Tensor` of shape `(draws,)`): the noise levels that were tried, ascending.
-        errors (`torch.Tensor` of shape `(classes, draws)`): mean squared error of the network's output at
-            each, NaN for a class that was given up before.
+        errors (`torch.Tensor` of shape `(classes, draws)`): mean squared error of the network's output.
         difference (`torch.Tensor` of shape `(height, width)`): weighted error of the second-best class less
             that of the best, by pixel: positive where the image speaks for the best.
         labels (`tuple[str, str]`): the best and the second-best class.
@@ -240,7 +239,8 @@ class PetClassificationPipeline(DiffusionPipeline):
                 bound on the likelihood (Kingma and Gao 2023), over all noise levels.
             batch_size (`int`, defaults to 64): evaluations at once; the answer does not depend on it.
             generator (`torch.Generator`, *optional*): of the noise, which all images share.
-            return_evidence (`bool`, defaults to `False`): return the errors by noise level and pixel too.
+            return_evidence (`bool`, defaults to `False`): return the errors by noise level and pixel too;
+                then nothing is stopped early.
             return_dict (`bool`, defaults to `True`): return a [`PetClassificationOutput`] instead of a tuple.
 
         Returns:
@@ -273,7 +273,8 @@ class PetClassificationPipeline(DiffusionPipeline):
         weights = self.error_weights(sigmas, weighting, pixels[0].numel())
 
         # 3. Errors of each class on the same noise, until the classes of an image are apart.
-        looks = [look // 2 for look in LOOKS if look < num_evaluations] if adaptive else []
+        stops = adaptive and not return_evidence
+        looks = [look // 2 for look in LOOKS if look < num_evaluations] if stops else []
         looks.append(num_draws)
         errors = torch.full((len(pixels), num_classes, num_draws), torch.nan)
         maps = torch.zeros(len(pixels), num_classes, *pixels.shape[2:]) if return_evidence else None
@@ -306,13 +307,14 @@ class PetClassificationPipeline(DiffusionPipeline):
                 decided = len(pixels) if last == num_draws else int((candidates.sum(1) == 1).sum())
                 progress_bar.update(decided - progress_bar.n)
 
-        # 4. Probabilities: the weighted errors are estimates of -ln p, up to a constant.
+        # 4. Probabilities: the weighted errors are estimates of -ln p, up to a constant. A class is compared
+        # with the best one on the draws that both have had.
         used = errors.isnan().logical_not()
-        scores = -(errors.nan_to_num() * weights).sum(-1) / used.sum(-1)  # (N, classes)
-        # A class that was given up is behind, whatever chance says of the few draws it had.
-        best = scores.masked_fill(~candidates, -math.inf).argmax(1)
-        scores = torch.minimum(scores, scores.gather(1, best[:, None]))
-        probabilities = scores.softmax(1)
+        weighted = (errors * weights).nan_to_num()
+        best = weighted.sum(-1).masked_fill(~candidates, math.inf).argmin(1)
+        lead = weighted - weighted[torch.arange(len(best)), best][:, None]  # (N, classes, draws)
+        scores = -(lead * used).sum(-1) / used.sum(-1)
+        probabilities = scores.clamp_max(0).softmax(1)
         names = [self.id2label.get(index, str(index)) for index in range(num_classes)]
         output = PetClassificationOutput(
             labels=[names[index] for index in best.tolist()],
@@ -320,9 +322,7 @@ class PetClassificationPipeline(DiffusionPipeline):
             num_evaluations=(2 * used.sum((1, 2))).tolist(),
         )
         if maps is not None:
-            output.evidence = self.evidence(
-                errors, maps / used.sum(-1)[..., None, None], scores, best, sigmas, names
-            )
+            output.evidence = self.evidence(errors, maps / num_draws, scores, best, sigmas, names)
         self.maybe_free_model_hooks()
         if not return_dict:
             return tuple(output.values())
@@ -477,11 +477,10 @@ class PetClassificationPipeline(DiffusionPipeline):
         second = scores.scatter(1, best[:, None], -math.inf).argmax(1)
         collected = []
         for image, (first_id, second_id) in enumerate(zip(best.tolist(), second.tolist())):
-            used = errors[image].isnan().logical_not().any(0)[order]
             collected.append(
                 ClassificationEvidence(
-                    sigmas=sigmas[order][used],
-                    errors=errors[image][:, order][:, used],
+                    sigmas=sigmas[order],
+                    errors=errors[image][:, order],
                     difference=maps[image, second_id] - maps[image, first_id],
                     labels=(names[first_id], names[second_id]),
                 )

@@ -138,6 +138,9 @@ def test_many_classes_are_given_up_in_stages():
     assert output.labels == ["2"] * 6
     assert all(len(p) == 4 and sum(p.values()) == pytest.approx(1, abs=1e-5) for p in output.probabilities)
     assert max(output.num_evaluations) < 4 * 64
+    # A class given up early is less probable than one that had to be looked at for longer.
+    for probabilities in output.probabilities:
+        assert probabilities["0"] <= probabilities["1"] + 1e-6 <= probabilities["2"]
 
 
 def test_levels_are_stratified_at_every_look():
