@@ -439,14 +439,15 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         Args:
             sigmas (`torch.Tensor` of shape `(batch,)`): noise levels of the samples.
             losses (`torch.Tensor` of shape `(batch,)`): their losses as they enter the objective, importance
-                weights aside. Non-finite ones are left out.
+                weights aside. Those whose squares are not finite, or so large that a sum of them might not
+                be, are left out.
         """
         num_bins = self.config.num_bins
         edges = self._proposal_quantile(torch.arange(1, num_bins, device=sigmas.device) / num_bins)
         bins = torch.bucketize(sigmas.detach().float(), edges)
         squares = losses.detach().float() ** 2
         # No data-dependent shapes and no questions to the data: on a GPU this does not wait for it.
-        counted = squares.isfinite().float()
+        counted = (squares < torch.finfo(squares.dtype).max / 1e6).float()  # false for NaN
         squares = torch.where(counted > 0, squares, 0.0)
         decay = self.config.adaptive_decay
         self._bin_square_sums = (decay * self._bin_square_sums.to(squares)).index_add(0, bins, squares)
