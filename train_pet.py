@@ -15,6 +15,7 @@ number.
 import argparse
 import json
 import math
+import os
 import sys
 import time
 import warnings
@@ -352,6 +353,12 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         log_with=args.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
     )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but found no GPUs to share the training; on CPUs they need "
+            "ACCELERATE_USE_CPU=true in the environment."
+        )
     set_seed(args.seed)
     samples_dir, metrics_path = output_dir / "samples", output_dir / "metrics.jsonl"
 
