@@ -783,7 +783,8 @@ if __name__ == "__main__":
     arguments, training_state = parse_args(), TrainingState()
     try:
         main(arguments, training_state)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before or after the training loop
+        print(f"train_pet.py: interrupted. {how_to_resume(Path(arguments.output_dir))}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         hint = f" {how_to_resume(Path(arguments.output_dir))}" if training_state.step > 0 else ""
