@@ -15,6 +15,7 @@ number.
 import argparse
 import json
 import math
+import os
 import sys
 import time
 import warnings
@@ -36,7 +37,16 @@ from pet_pipeline import (
     PetDiffusionPipeline,
     PetTransformer2DModel,
 )
-from pet_pipeline.checkpointing import checkpoint_step, find_checkpoint, list_checkpoints, save_checkpoint
+from pet_pipeline.checkpointing import (
+    Interruption,
+    checkpoint_step,
+    find_checkpoint,
+    list_checkpoints,
+    save_checkpoint,
+    save_pipeline,
+    set_aside,
+    trim_log,
+)
 from pet_pipeline.data import (
     ImageDataset,
     load_image_dataset,
@@ -59,6 +69,10 @@ from pet_pipeline.visualization import denoising_strip, loss_curves, sample_grid
 
 
 MODEL_CARD = Path(__file__).with_name("model_card.md")
+
+# As many steps in a row without a finite gradient end a training. Each halves the loss scale of fp16, which
+# starts at 65,536: up to here that alone may be the reason.
+MAX_SKIPPED_STEPS = 10
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -297,6 +311,13 @@ def automatic_precision() -> str:
     return "bf16" if 1.2 * seconds[torch.bfloat16] < seconds[torch.float32] else "no"
 
 
+def how_to_resume(output_dir: Path) -> str:
+    """Returns a sentence for who reads that a training ended early."""
+    if not list_checkpoints(output_dir):
+        return "There is no checkpoint yet."
+    return "To go on, give the same command with --resume_from_checkpoint latest."
+
+
 @dataclass
 class TrainingState:
     """How far a training is; registered with Accelerate, so that checkpoints keep it."""
@@ -332,6 +353,12 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         log_with=args.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
     )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but found no GPUs to share the training; on CPUs they need "
+            "ACCELERATE_USE_CPU=true in the environment."
+        )
     set_seed(args.seed)
     samples_dir, metrics_path = output_dir / "samples", output_dir / "metrics.jsonl"
 
@@ -408,15 +435,22 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         transformer.compile()
 
     # Nothing is written before everything that was asked for has been found.
-    checkpoint = None
+    checkpoint, later = None, []
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
         step = checkpoint_step(checkpoint)
-        later = [path.name for path in list_checkpoints(output_dir) if checkpoint_step(path) > step]
-        if later:
+        later = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) > step]
+        if later and args.resume_from_checkpoint != "latest":
             raise ValueError(
                 f"{args.output_dir!r} holds later checkpoints than the one to resume from: "
-                f"{', '.join(later)}. Move them away, or choose another --output_dir."
+                f"{', '.join(path.name for path in later)}. Move them away, or choose another --output_dir."
+            )
+        num_processes = len(list(checkpoint.glob("random_states_*")))
+        if num_processes != accelerator.num_processes:
+            warnings.warn(
+                f"{str(checkpoint)!r} is of {num_processes} processes: with {accelerator.num_processes} the "
+                "training goes on, but not with the numbers of an uninterrupted one.",
+                stacklevel=1,
             )
     elif list_checkpoints(output_dir):
         raise ValueError(
@@ -427,6 +461,10 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
     if args.push_to_hub and accelerator.is_main_process:
         repo_id = create_repository(repo_id, args.hub_private_repo, args.hub_token).id
     output_dir.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for path in later:  # than the newest that is intact
+            set_aside(path)
     transformer, loss_function, optimizer, train_loader = accelerator.prepare(
         transformer, loss_function, optimizer, train_loader
     )
@@ -450,10 +488,7 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
     ema.to(accelerator.device)  # loading leaves it on the CPU
     if accelerator.is_main_process:
         samples_dir.mkdir(exist_ok=True)
-        # A resumed run writes again what came after its checkpoint.
-        lines = metrics_path.read_text().splitlines() if metrics_path.exists() and state.step else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.step]
-        metrics_path.write_text("".join(line + "\n" for line in kept))
+        trim_log(metrics_path, state.step)
     if args.report_to is not None:
         plain = {
             key: value
@@ -523,7 +558,7 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         accelerator.print(f"step {state.step:,}, {state.images:,} images, validation loss {loss:.4f}")
         if loss < state.best_loss:
             state.best_loss = loss
-            pipeline.save_pretrained(output_dir / "best")
+            save_pipeline(pipeline, output_dir / "best")
 
     def preview() -> None:
         """Samples from the EMA weights; on the main process."""
@@ -536,10 +571,17 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         log_picture("samples", grid, f"samples-{state.step:06}.png")
         log_picture("denoising", strip, f"denoising-{state.step:06}.png")
 
-    def save_pipeline() -> None:
+    def measure() -> None:
+        """Validates and samples where that is due after a step; a resumed run does it again."""
+        if state.step % args.validation_steps == 0:
+            validate()
+        if state.step % args.preview_steps == 0:
+            preview()
+
+    def save_results() -> None:
         """Saves the EMA pipeline with its samples and its card; on the main process."""
         pipeline = ema_pipeline()
-        pipeline.save_pretrained(output_dir)
+        save_pipeline(pipeline, output_dir)
         for name in EVALUATION_FILES:  # of earlier weights
             (output_dir / name).unlink(missing_ok=True)
         sample_grid(pipeline, num_images=8, seed=0).save(output_dir / "samples.png")
@@ -564,6 +606,23 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         card = render_model_card(output_dir, MODEL_CARD, pipeline, report)
         (output_dir / "README.md").write_text(card, encoding="utf-8")
 
+    def log_skipped_step(sigmas: torch.Tensor, sample_losses: torch.Tensor) -> None:
+        """Tells of a step without finite gradients, and at which noise levels its losses were not finite."""
+        is_bad = ~sample_losses.isfinite()
+        what = f"{int(is_bad.sum())} of {len(sigmas)} losses are" if is_bad.any() else "a gradient is"
+        sigmas = sigmas[is_bad] if is_bad.any() else sigmas
+        low, high = sigmas.min().item(), sigmas.max().item()
+        log({"train/skipped_sigma_min": low, "train/skipped_sigma_max": high})
+        accelerator.print(
+            f"step {state.step + 1:,} is skipped: {what} not finite, at σ from {low:.3g} to {high:.3g}"
+        )
+
+    def stop(message: str, exit_code: int) -> None:
+        """Ends every process, with a message on how to go on."""
+        accelerator.print(f"train_pet.py: {message} {how_to_resume(output_dir)}", file=sys.stderr)
+        accelerator.end_training()
+        sys.exit(exit_code)
+
     def push(message: str) -> str:
         """Publishes the saved pipeline; returns the address."""
         return push_folder(output_dir, repo_id, args.hub_private_repo, args.hub_token, message)
@@ -578,87 +637,124 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
     )
     log_time, log_images = time.monotonic(), state.images
     sums: dict[str, torch.Tensor] = {}
-    num_summed = 0
+    num_summed = num_skipped = 0
+    observed: list[tuple[torch.Tensor, torch.Tensor]] = []  # σ and losses of the micro-steps of a step
     done = progress()
-    while done < 1:
-        train_loader.set_epoch(state.epoch)
-        loader = (
-            accelerator.skip_first_batches(train_loader, state.micro_step)
-            if state.micro_step
-            else train_loader
-        )
-        for images, labels in loader:
-            images = to_model_range(images)
-            if args.random_flip:
-                images = random_horizontal_flip(images)
-            dropped = torch.rand(len(labels), device=labels.device) < args.label_dropout
-            labels = torch.where(dropped, num_classes, labels)
-            sigmas, weights = scheduler.sample_training_sigmas(len(images), device=images.device).to_tuple()
-            timesteps = scheduler.precondition_noise(sigmas)
-            noisy_images = scheduler.add_noise(images, torch.randn_like(images), timesteps)
+    if checkpoint is not None and done < 1:
+        measure()
+    with Interruption() as interruption:
+        while done < 1:
+            train_loader.set_epoch(state.epoch)
+            loader = (
+                accelerator.skip_first_batches(train_loader, state.micro_step)
+                if state.micro_step
+                else train_loader
+            )
+            for images, labels in loader:
+                images = to_model_range(images)
+                if args.random_flip:
+                    images = random_horizontal_flip(images)
+                dropped = torch.rand(len(labels), device=labels.device) < args.label_dropout
+                labels = torch.where(dropped, num_classes, labels)
+                sigmas, weights = scheduler.sample_training_sigmas(
+                    len(images), device=images.device
+                ).to_tuple()
+                timesteps = scheduler.precondition_noise(sigmas)
+                noisy_images = scheduler.add_noise(images, torch.randn_like(images), timesteps)
 
-            with accelerator.accumulate(transformer, loss_function):
-                model_input = scheduler.precondition_inputs(noisy_images, sigmas)
-                model_output = transformer(model_input, timesteps, labels, return_dict=False)[0].float()
-                losses = loss_function(
-                    model_output,
-                    scheduler.training_target(images, noisy_images, sigmas),
-                    sigmas,
-                    denoised=scheduler.precondition_outputs(noisy_images, model_output, sigmas),
-                    original_samples=images,
-                    weights=weights,
-                )
-                accelerator.backward(losses.loss)
-                if accelerator.sync_gradients:
-                    factor = learning_rate_factor(args.lr_scheduler, done, state.step, args.lr_warmup_steps)
-                    for group, rate in zip(optimizer.param_groups, base_rates):
-                        group["lr"] = rate * factor
-                    accelerator.clip_grad_norm_(
-                        [*transformer.parameters(), *loss_function.parameters()], args.max_grad_norm
+                with accelerator.accumulate(transformer, loss_function):
+                    model_input = scheduler.precondition_inputs(noisy_images, sigmas)
+                    model_output = transformer(model_input, timesteps, labels, return_dict=False)[0].float()
+                    losses = loss_function(
+                        model_output,
+                        scheduler.training_target(images, noisy_images, sigmas),
+                        sigmas,
+                        denoised=scheduler.precondition_outputs(noisy_images, model_output, sigmas),
+                        original_samples=images,
+                        weights=weights,
                     )
-                optimizer.step()
-                optimizer.zero_grad()
+                    accelerator.backward(losses.loss)
+                    if accelerator.sync_gradients:
+                        factor = learning_rate_factor(
+                            args.lr_scheduler, done, state.step, args.lr_warmup_steps
+                        )
+                        for group, rate in zip(optimizer.param_groups, base_rates):
+                            group["lr"] = rate * factor
+                        gradient_norm = accelerator.clip_grad_norm_(
+                            [*transformer.parameters(), *loss_function.parameters()], args.max_grad_norm
+                        )
+                        # The norm is that of all processes together, so that they agree.
+                        is_finite = math.isfinite(gradient_norm.item())
+                        if not is_finite:
+                            optimizer.zero_grad()  # a step without gradients changes nothing
+                    optimizer.step()
+                    optimizer.zero_grad()
 
-            scheduler.update_training_losses(*accelerator.gather((sigmas, losses.sample_losses)))
-            terms = {f"train/term_{name}": term for name, term in losses.terms.items()}
-            for name, value in {"train/loss": losses.loss.detach(), **terms}.items():
-                sums[name] = sums.get(name, 0) + value
-            num_summed += 1
-            state.micro_step += 1
-            state.images += len(labels) * accelerator.num_processes
-            if not accelerator.sync_gradients:
-                continue
+                observed.append(accelerator.gather((sigmas, losses.sample_losses)))
+                scheduler.update_training_losses(*observed[-1])
+                terms = {f"train/term_{name}": term for name, term in losses.terms.items()}
+                for name, value in {"train/loss": losses.loss.detach(), **terms}.items():
+                    sums[name] = sums.get(name, 0) + value
+                num_summed += 1
+                state.micro_step += 1
+                state.images += len(labels) * accelerator.num_processes
+                if not accelerator.sync_gradients:
+                    continue
+                step_sigmas, step_losses = (torch.cat(parts) for parts in zip(*observed))
+                observed = []
+                if not is_finite:
+                    num_skipped += 1
+                    log_skipped_step(step_sigmas, step_losses)
+                    if num_skipped == MAX_SKIPPED_STEPS:
+                        stop(
+                            f"{num_skipped} steps in a row had no finite gradient. Lower --learning_rate and "
+                            "--muon_learning_rate, try --mixed_precision no, or look at the images.",
+                            exit_code=1,
+                        )
+                    num_summed, sums = 0, {}  # the log's means are of finite losses
+                    continue
 
-            ema.step(accelerator.unwrap_model(transformer).parameters())
-            state.step += 1
-            done = progress()
-            progress_bar.update()
-            if state.step % args.logging_steps == 0 or done >= 1:
-                values = {name: accelerator.reduce(x / num_summed, "mean").item() for name, x in sums.items()}
-                rate = (state.images - log_images) / (time.monotonic() - log_time)
-                factor = learning_rate_factor(args.lr_scheduler, done, state.step, args.lr_warmup_steps)
-                values["train/learning_rate"] = args.learning_rate * factor
-                values["train/images_per_second"] = rate
-                log(values)
-                progress_bar.set_postfix(loss=f"{values['train/loss']:.3f}", images_per_second=f"{rate:.0f}")
-                log_time, log_images, num_summed, sums = time.monotonic(), state.images, 0, {}
-            if state.step % args.validation_steps == 0 and done < 1:
-                validate()
-            if state.step % args.preview_steps == 0 and done < 1:
-                preview()
-            if state.step % args.checkpointing_steps == 0 or done >= 1:
-                save_checkpoint(accelerator, output_dir, state.step, args.checkpoints_total_limit)
-                if args.hub_strategy == "checkpoint" and done < 1 and accelerator.is_main_process:
-                    save_pipeline()
+                num_skipped = 0
+                ema.step(accelerator.unwrap_model(transformer).parameters())
+                state.step += 1
+                done = progress()
+                progress_bar.update()
+                if state.step % args.logging_steps == 0 or done >= 1:
+                    values = {
+                        name: accelerator.reduce(x / num_summed, "mean").item() for name, x in sums.items()
+                    }
+                    rate = (state.images - log_images) / (time.monotonic() - log_time)
+                    factor = learning_rate_factor(args.lr_scheduler, done, state.step, args.lr_warmup_steps)
+                    values["train/learning_rate"] = args.learning_rate * factor
+                    values["train/images_per_second"] = rate
+                    log(values)
+                    progress_bar.set_postfix(
+                        loss=f"{values['train/loss']:.3f}", images_per_second=f"{rate:.0f}"
+                    )
+                    log_time, log_images, num_summed, sums = time.monotonic(), state.images, 0, {}
+                if interruption.signal is not None:
+                    accelerator.set_trigger()
+                is_interrupted = accelerator.check_trigger()  # on any process
+                if state.step % args.checkpointing_steps == 0 or done >= 1 or is_interrupted:
+                    path = save_checkpoint(accelerator, output_dir, state.step, args.checkpoints_total_limit)
+                if is_interrupted:
+                    stop(f"interrupted; step {state.step:,} is saved in {path}.", interruption.exit_code)
+                if done >= 1:
+                    break
+                measure()
+                if (
+                    args.hub_strategy == "checkpoint"
+                    and state.step % args.checkpointing_steps == 0
+                    and accelerator.is_main_process
+                ):
+                    save_results()
                     try:
                         push(f"Step {state.step:,}")
                     except (ValueError, OSError) as error:  # the next push brings what this one did not
                         warnings.warn(f"Step {state.step:,} was not pushed to the Hub. {error}", stacklevel=1)
-            if done >= 1:
-                break
-        else:
-            state.epoch += 1
-            state.micro_step = 0
+            else:
+                state.epoch += 1
+                state.micro_step = 0
     progress_bar.close()
 
     # 6. Last measurements, pictures, the pipeline, and the Hub
@@ -670,7 +766,7 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
             comparison = step_comparison(pipeline, seed=args.seed)
         log_picture("step_comparison", comparison, "step-comparison.png")
         log_picture("curves", loss_curves(metrics_path), "curves.png")
-        save_pipeline()
+        save_results()
         accelerator.print(f"Saved the pipeline in {output_dir}; its pictures are in {samples_dir}.")
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:
@@ -687,7 +783,13 @@ if __name__ == "__main__":
     arguments, training_state = parse_args(), TrainingState()
     try:
         main(arguments, training_state)
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:  # before or after the training loop
+        print(f"train_pet.py: interrupted. {how_to_resume(Path(arguments.output_dir))}", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        hint = f" {how_to_resume(Path(arguments.output_dir))}" if training_state.step > 0 else ""
+        sys.exit(f"train_pet.py: {error}{hint}")
+    except ValueError as error:
         if training_state.step > 0:  # no mistake of the user, who needs the traceback
             raise
         sys.exit(f"train_pet.py: {error}")

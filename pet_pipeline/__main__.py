@@ -2,18 +2,23 @@
 
 import argparse
 import json
+import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .pipeline_pet_diffusion import PetDiffusionPipeline
 
 
 # Known here too, as `--help` should not wait for PyTorch.
 SCHEDULES = ["adaptive", "constant", "interval", "original"]
 SOLVERS = ["multistep", "euler", "heun"]
+GRID_COLUMNS = 32  # images of each class in the grid of `generate`
 SCHEDULERS = [*SOLVERS, "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
 
 
@@ -25,7 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate",
         help="make images",
-        description="Makes images of the model's classes, one PNG file each and a labelled grid of all.",
+        description="Makes images of the model's classes, one PNG file each and a labelled grid of the first "
+        "of each class.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     generate.add_argument(
@@ -42,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="class to draw, may be repeated; all if not given",
     )
     generate.add_argument("--num_samples", type=positive_integer, default=5, help="images per class")
-    generate.add_argument("--steps", type=positive_integer, default=18, help="denoising steps")
+    generate.add_argument("--steps", type=number_of_steps, default=18, help="denoising steps, at most 1000")
     generate.add_argument(
         "--guidance_scale", type=float, default=1.5, help="strength of the guidance; 1 is none"
     )
@@ -61,8 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="a solver of the model's own scheduler, or a scheduler of diffusers; as saved if not given",
     )
     generate.add_argument(
-        "--seed", type=int, default=0, help="of the first image of each class; the next count up"
+        "--seed", type=seed, default=0, help="of the first image of each class; the next count up"
     )
+    generate.add_argument("--batch_size", type=positive_integer, default=64, help="images at once")
     generate.add_argument("--device", help="for example cpu or cuda; a GPU is taken where there is one")
     generate.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights"
@@ -100,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--num_evaluations", type=positive_integer, default=32, help="of the denoiser for each class, at most"
     )
     classify.add_argument("--weighting", choices=["calibrated", "elbo"], default="calibrated")
-    classify.add_argument("--seed", type=int, default=0, help="of the noise")
+    classify.add_argument("--seed", type=seed, default=0, help="of the noise")
     classify.add_argument("--device", help="a GPU is taken where there is one")
     classify.add_argument("--json", action="store_true", help="print one JSON object a line")
     classify.add_argument("--evidence", type=Path, metavar="FILE", help="draw why, into this picture")
@@ -122,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--num_images", type=positive_integer, default=1000, help="of all classes, at most"
     )
     calibrate.add_argument("--num_evaluations", type=positive_integer, default=32, help="for each class")
-    calibrate.add_argument("--seed", type=int, default=0, help="of the noise")
+    calibrate.add_argument("--seed", type=seed, default=0, help="of the noise")
     calibrate.add_argument("--device", help="a GPU is taken where there is one")
     calibrate.set_defaults(run=run_calibrate)
 
@@ -171,12 +178,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--curve", action="store_true", help="measure its accuracy by evaluations too, which takes longer"
     )
-    evaluate.add_argument("--steps", type=positive_integer, default=18, help="denoising steps")
+    evaluate.add_argument("--steps", type=number_of_steps, default=18, help="denoising steps")
     evaluate.add_argument("--guidance_scale", type=float, default=1.5, help="strength of the guidance")
     evaluate.add_argument("--guidance_schedule", choices=SCHEDULES, default="adaptive")
     evaluate.add_argument("--scheduler", choices=SCHEDULERS, help="as saved if not given")
     evaluate.add_argument("--device", help="a GPU is taken where there is one")
-    evaluate.add_argument("--seed", type=int, default=0, help="of the first image; the next count up")
+    evaluate.add_argument("--seed", type=seed, default=0, help="of the first image; the next count up")
     evaluate.add_argument("--batch_size", type=positive_integer, default=64, help="images at once")
     evaluate.add_argument("--out", default="evaluation", metavar="FOLDER", help="where the files go")
     evaluate.set_defaults(run=run_evaluate)
@@ -205,9 +212,31 @@ def positive_integer(text: str) -> int:
     return number
 
 
+def number_of_steps(text: str) -> int:
+    """Parses a number of denoising steps, which an image from anywhere may ask for."""
+    number = positive_integer(text)
+    if number > 1000:
+        raise argparse.ArgumentTypeError(f"has to be at most 1000, but is {number}")
+    return number
+
+
+def seed(text: str) -> int:
+    """Parses a seed, in half the range of PyTorch's, so that one can be counted up from."""
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"has to be in [0, 2⁶³ - 1], but is {number}")
+    return number
+
+
 def words_like(path: Path) -> list[str]:
-    """Returns the options that made a PNG of ours; see [`image_settings`] for what is raised."""
+    """Returns the options that made a PNG of ours.
+
+    Raises:
+        ValueError: if it keeps none, or what it keeps cannot be an option.
+        OSError: if it cannot be read.
+    """
     from .image_metadata import image_settings
+    from .pipeline_pet_diffusion import MAX_LABEL_LENGTH
 
     settings = image_settings(path)
     words = ["--num_samples=1"]
@@ -221,8 +250,12 @@ def words_like(path: Path) -> list[str]:
         "scheduler",
         "dtype",
     ):
-        if settings.get(name) is not None:
-            words.append(f"--{name}={settings[name]}")
+        value = settings.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, (str, int, float)) or len(str(value)) > MAX_LABEL_LENGTH:
+            raise ValueError(f"{str(path)!r} keeps {textwrap.shorten(repr(value), 80)} for {name!r}.")
+        words.append(f"--{name}={value}")
     return words
 
 
@@ -232,7 +265,7 @@ def load_pipeline(
     """Loads a saved pipeline, or the bundled one, for the command line.
 
     Raises:
-        ValueError: if the device or the scheduler cannot be used.
+        ValueError: if the pipeline cannot be loaded, or the device or the scheduler cannot be used.
     """
     import diffusers
     import torch
@@ -242,7 +275,13 @@ def load_pipeline(
     from .scheduling_adaptive_edm import AdaptiveEDMScheduler
 
     logging.disable_progress_bar()  # of the loading; sampling has its own
-    pipeline = PetDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    try:
+        pipeline = PetDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    except MemoryError:
+        raise
+    except Exception as error:  # diffusers and safetensors raise nearly anything of damaged files
+        message = textwrap.shorten(str(error) or type(error).__name__, 500)
+        raise ValueError(f"The model {model!r} cannot be loaded: {message}") from error
     if scheduler in SOLVERS:
         pipeline.scheduler = AdaptiveEDMScheduler.from_config(pipeline.scheduler.config, solver=scheduler)
     elif scheduler is not None:
@@ -258,11 +297,12 @@ def load_pipeline(
 def run_generate(args: argparse.Namespace) -> None:
     """Makes the images of `pet-pipeline generate`."""
     # Imported here: `--help` and mistakes should not wait for PyTorch.
+    import torch
+
     from .image_metadata import image_settings, save_image, weights_digest
     from .visualization import (
         class_names,
         denoising_strip,
-        image_generators,
         image_grid,
         step_comparison,
     )
@@ -285,21 +325,23 @@ def run_generate(args: argparse.Namespace) -> None:
             f"pet-pipeline: {args.like} was made by a model with other weights; --model names it",
             file=sys.stderr,
         )
-    images = pipeline(
-        label_ids,
-        num_images_per_prompt=args.num_samples,
-        # Every class starts from the same noise, and each image depends on its own seed alone.
-        generator=[generator for _ in names for generator in image_generators(args.num_samples, args.seed)],
-        **settings,
-    ).images
-    rows = [images[row * args.num_samples : (row + 1) * args.num_samples] for row in range(len(names))]
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, row in zip(names, rows):
-        for index, image in enumerate(row):
+    rows: list[list[Image.Image]] = [[] for _ in names]
+    # Every class starts from the same noise, and each image depends on its own seed alone.
+    order = [(row, args.seed + index) for row in range(len(names)) for index in range(args.num_samples)]
+    for start in range(0, len(order), args.batch_size):
+        part = order[start : start + args.batch_size]
+        images = pipeline(
+            [label_ids[row] for row, _ in part],
+            generator=[torch.Generator().manual_seed(number) for _, number in part],
+            **settings,
+        ).images
+        out.mkdir(parents=True, exist_ok=True)
+        for (row, number), image in zip(part, images):
+            name = names[row]
             kept = {
                 "class": name,
-                "seed": args.seed + index,
+                "seed": number,
                 "steps": args.steps,
                 "guidance_scale": args.guidance_scale,
                 "guidance_schedule": args.guidance_schedule,
@@ -308,7 +350,9 @@ def run_generate(args: argparse.Namespace) -> None:
                 "dtype": args.dtype,
                 "weights": digest,
             }
-            save_image(image, out / f"{name}-{args.seed + index}.png", kept)
+            save_image(image, out / f"{file_stem(name, label_ids[row])}-{number}.png", kept)
+            if len(rows[row]) < GRID_COLUMNS:
+                rows[row].append(image)
     image_grid(rows, names, scale=4).save(out / "grid.png")
     pictures = ["grid.png"]
     if args.strip:
@@ -318,7 +362,13 @@ def run_generate(args: argparse.Namespace) -> None:
         del settings["num_inference_steps"]
         step_comparison(pipeline, seed=args.seed, **settings).save(out / "steps.png")
         pictures.append("steps.png")
-    print(f"{len(images)} images, {' and '.join(pictures)} are in {out}.")
+    print(f"{len(order)} images, {' and '.join(pictures)} are in {out}.")
+
+
+def file_stem(name: str, label_id: int) -> str:
+    """Returns a class name if it can begin the name of a file anywhere, else one made of its id."""
+    is_plain = all(part.isalnum() for part in re.split("[ _-]", name)) and len(name) <= 64
+    return name if is_plain else f"class-{label_id}"
 
 
 def image_files(paths: list[Path]) -> list[Path]:
@@ -341,7 +391,7 @@ def run_classify(args: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
-    from .pipeline_pet_classification import PetClassificationPipeline
+    from .pipeline_pet_classification import IMAGE_FORMATS, PetClassificationPipeline
     from .visualization import class_names, evidence_figure
 
     files = image_files(args.images)
@@ -379,7 +429,7 @@ def run_classify(args: argparse.Namespace) -> None:
     if args.evidence is not None:
         pictures = []
         for file in good:
-            with Image.open(file) as picture:
+            with Image.open(file, formats=IMAGE_FORMATS) as picture:
                 pictures.append(picture.convert("RGB"))
         evidence_figure(pictures, evidence, class_names(pipeline)).save(args.evidence)
     if bad:

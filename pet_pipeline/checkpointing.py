@@ -1,17 +1,29 @@
-"""Training checkpoints: where they are, which is the latest, and which go.
+"""Training checkpoints that survive what ends a training, and saved pipelines that are whole at any moment.
 
-The folders hold Accelerate's own format, which is not safe to load from strangers; published models are
-pipeline folders of safetensors instead.
+A checkpoint is a folder in Accelerate's own format with a manifest of hashes. Parts of it are pickles, which
+Accelerate partly loads as such: resume from your own checkpoints only. Published models are pipeline folders
+of safetensors instead.
 """
 
+import hashlib
+import json
 import os
 import shutil
+import signal
+import warnings
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
 
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 
 PREFIX = "checkpoint-"
+MANIFEST = "manifest.json"
+# What is being written has this before its name, until it is complete.
+PARTIAL = "partial-"
 
 
 def checkpoint_step(path: Path) -> int:
@@ -30,26 +42,88 @@ def save_checkpoint(
 ) -> Path:
     """Saves the training state and removes the oldest checkpoints; every process has to call it.
 
-    It is written under another name and renamed when it is complete.
+    It is written under another name, brought to the disk with a manifest of hashes, and renamed: whatever
+    ends the process, a folder with the name of a checkpoint is complete.
 
     Args:
         accelerator (`Accelerator`): with the prepared and registered objects of the training.
         output_dir (`str` or `Path`): the run's folder.
         step (`int`): optimizer steps done.
         total_limit (`int`, *optional*): how many checkpoints to keep.
+
+    Raises:
+        OSError: if it cannot be written; earlier checkpoints are as they were.
     """
     path = Path(output_dir) / f"{PREFIX}{step}"
-    partial = path.with_name(f"partial-{path.name}")
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
+    partial = path.with_name(f"{PARTIAL}{path.name}")
     if accelerator.is_main_process:
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(partial, path)
-        if total_limit is not None:
-            for old in list_checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(old)
+        for leftover in path.parent.glob(f"{PARTIAL}{PREFIX}*"):  # of a process that was killed
+            shutil.rmtree(leftover)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_manifest(partial)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(partial, path)
+            synchronize(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors have their own
+        shutil.rmtree(partial, ignore_errors=True)  # what it takes of a full disk is needed
+        raise OSError(f"The checkpoint {str(path)!r} cannot be written: {error}") from error
+    if accelerator.is_main_process and total_limit is not None:
+        for old in list_checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return path
+
+
+def write_manifest(folder: Path) -> None:
+    """Brings the files of a folder to the disk, and beside them a manifest of their SHA-256 hashes."""
+    hashes = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb+") as file:
+            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+    with (folder / MANIFEST).open("w") as file:
+        json.dump({"sha256": hashes}, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    synchronize(folder)
+
+
+def synchronize(folder: Path) -> None:
+    """Brings the names in a folder to the disk."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Returns what is wrong with a checkpoint, by its manifest, or `None`.
+
+    A checkpoint without a manifest, as this package once wrote them, is taken as it is, with a warning.
+    """
+    manifest = checkpoint / MANIFEST
+    if not manifest.exists():
+        warnings.warn(f"{str(checkpoint)!r} has no {MANIFEST}, so that it cannot be checked.", stacklevel=2)
+        return None
+    try:
+        hashes = dict(json.loads(manifest.read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} is damaged"
+    for name, expected in hashes.items():
+        try:
+            with (checkpoint / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except (OSError, ValueError) as error:
+            return f"{name!r} cannot be read: {error}"
+        if found != expected:
+            return f"{name!r} is not what was written"
+    return None
 
 
 def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path:
@@ -57,19 +131,115 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path
 
     Args:
         output_dir (`str` or `Path`): the run's folder.
-        resume_from_checkpoint (`str`): `"latest"`, the name of a folder in `output_dir`, or a path.
+        resume_from_checkpoint (`str`): `"latest"` for the newest that is intact, which warns of those that
+            are not; the name of a folder in `output_dir`; or a path.
 
     Raises:
-        ValueError: if there is no such checkpoint.
+        ValueError: if there is no such checkpoint, or it is damaged.
     """
     if resume_from_checkpoint == "latest":
         checkpoints = list_checkpoints(output_dir)
         if not checkpoints:
             raise ValueError(f"There is no checkpoint in {str(output_dir)!r} to resume from.")
-        return checkpoints[-1]
+        for path in reversed(checkpoints):
+            damage = find_damage(path)
+            if damage is None:
+                return path
+            warnings.warn(f"The checkpoint {str(path)!r} is damaged: {damage}.", stacklevel=2)
+        raise ValueError(
+            f"Every checkpoint in {str(output_dir)!r} is damaged, so that the run cannot be continued; "
+            "start it anew in another folder."
+        )
     for path in (Path(output_dir) / resume_from_checkpoint, Path(resume_from_checkpoint)):
         if path in list_checkpoints(path.parent):
+            damage = find_damage(path)
+            if damage is not None:
+                raise ValueError(f"The checkpoint {str(path)!r} is damaged: {damage}.")
             return path
     raise ValueError(
         f"There is no checkpoint {resume_from_checkpoint!r}, neither in {str(output_dir)!r} nor as a path."
     )
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Renames a damaged checkpoint, so that it is neither found nor counted again."""
+    target = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(checkpoint, target)
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Takes out of a run's `metrics.jsonl` what a run resumed at a step writes again.
+
+    That is what was measured at the step, as it is measured after the checkpoint, and all that came later;
+    and a line that was half-written when the process ended.
+    """
+    kept = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+            if record["step"] < step or (record["step"] == step and "train/loss" in record):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    partial.write_text("".join(line + "\n" for line in kept))
+    os.replace(partial, path)
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Saves a pipeline over an earlier one of the same configuration, so that the folder is always whole.
+
+    Raises:
+        OSError: if it cannot be written; an earlier pipeline is as it was.
+    """
+    partial = folder / f"{PARTIAL}pipeline"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(partial)
+        files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
+        for name in files:
+            with (partial / name).open("rb+") as file:
+                os.fsync(file.fileno())
+        # The index makes a folder a pipeline: it is last.
+        for name in sorted(files, key=lambda name: name == Path(pipeline.config_name)):
+            (folder / name).parent.mkdir(exist_ok=True)
+            os.replace(partial / name, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"The pipeline {str(folder)!r} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class Interruption:
+    """Notes SIGTERM and Ctrl-C instead of dying of them, so that a training can end its step and save.
+
+    Further ones change nothing, as launchers pass on what the terminal has sent already.
+
+    Attributes:
+        signal (`signal.Signals`, *optional*): what came.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __enter__(self) -> Self:
+        self._previous = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that a signal ended; another process may have received it."""
+        return 128 + (self.signal or signal.SIGTERM)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = signal.Signals(number)

@@ -32,11 +32,15 @@ def image_settings(path: str | Path) -> dict[str, Any]:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()  # the settings may follow the pixels
             text = image.text.get(KEY)
-    except (SyntaxError, ValueError, Image.DecompressionBombError, Image.UnidentifiedImageError) as error:
+    except (OSError, MemoryError) as error:
+        if isinstance(error, Image.UnidentifiedImageError):
+            raise ValueError(f"{str(path)!r} is no PNG image.") from None
+        raise
+    except Exception as error:  # of damaged files Pillow raises nearly anything
         raise ValueError(f"{str(path)!r} cannot be read as a PNG image: {error}") from None
     try:
         settings = json.loads(text) if text is not None else None
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(f"{str(path)!r} keeps no settings; the images of `pet-pipeline generate` do.")

@@ -11,6 +11,7 @@ This file travels inside every saved checkpoint: it imports PyTorch, diffusers a
 import importlib
 import json
 import math
+import reprlib
 import shutil
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,11 @@ logger = logging.get_logger(__name__)
 # Modules of this package that define components.
 COMPONENT_MODULES = ("transformer_pet", "scheduling_adaptive_edm")
 PIPELINE_MODULES = ("pipeline_pet_diffusion", "pipeline_pet_classification")
+
+MAX_LABEL_LENGTH = 256
+
+# Formats that Pillow reads by itself; for some others it starts programs.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 WEIGHTINGS = ("calibrated", "elbo")
 
@@ -112,11 +118,7 @@ class PetClassificationPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, guider=guider)
         num_classes = transformer.config.num_classes
-        self.id2label = {int(key): str(name) for key, name in (id2label or {}).items()}
-        if any(not 0 <= key < num_classes for key in self.id2label):
-            raise ValueError(
-                f"The keys of `id2label` have to be in [0, {num_classes - 1}], but are {list(self.id2label)}."
-            )
+        self.id2label = check_labels(id2label, num_classes)
         if calibration is not None:
             check_calibration(calibration)
         self.register_to_config(
@@ -134,10 +136,12 @@ class PetClassificationPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`, *optional*): a folder or a Hub id.
-            kwargs: see [`DiffusionPipeline.from_pretrained`].
+            kwargs: see [`DiffusionPipeline.from_pretrained`]; `use_safetensors` defaults to `True`, so that
+                no pickle is read.
         """
         if pretrained_model_name_or_path is None:
             pretrained_model_name_or_path = Path(__file__).parent / "pretrained"
+        kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -180,17 +184,33 @@ class PetClassificationPipeline(DiffusionPipeline):
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
         config = super()._dict_from_json_file(json_file)
+        if not isinstance(config, dict):
+            raise ValueError(f"{str(json_file)!r} has to hold a JSON object.")
         if isinstance(config.get("_class_name"), list):
-            config["_class_name"] = config["_class_name"][1]
+            config["_class_name"] = str(*config["_class_name"][-1:])
         return config
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Loads `model_index.json`; see [`ConfigMixin.load_config`]."""
+        """Loads `model_index.json`; see [`ConfigMixin.load_config`].
+
+        Raises:
+            ValueError: if it does not name a library and a class for each component.
+        """
         loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name in ("transformer", "scheduler", "guider"):
+            pair = config.get(name, [None, None])
+            if not isinstance(pair, list) or [type(part) for part in pair] not in (
+                [str] * 2,
+                [type(None)] * 2,
+            ):
+                raise ValueError(
+                    f"`{name}` in {cls.config_name} has to be a library and a class, but is "
+                    f"{reprlib.repr(pair)}."
+                )
         package = __name__.rpartition(".")[0]
         if not package.startswith("diffusers_modules"):  # where diffusers puts the code of checkpoints
-            config = loaded[0] if isinstance(loaded, tuple) else loaded
             for value in config.values():
                 stem = str(value[0]).rpartition(".")[2] if isinstance(value, list) and value else None
                 if stem in COMPONENT_MODULES:
@@ -348,10 +368,12 @@ class PetClassificationPipeline(DiffusionPipeline):
         if isinstance(image, (str, Path)):
             name = repr(str(image))
             try:
-                with Image.open(image) as file:
+                with Image.open(image, formats=IMAGE_FORMATS) as file:
                     file.load()
-                    image = file
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                    image = ImageOps.exif_transpose(file)
+            except MemoryError:
+                raise
+            except Exception as error:  # of damaged files Pillow raises nearly anything
                 raise ValueError(f"{name} cannot be read as an image: {error}") from None
         if isinstance(image, Image.Image):
             image = ImageOps.exif_transpose(image)
@@ -486,6 +508,30 @@ class PetClassificationPipeline(DiffusionPipeline):
                 )
             )
         return collected
+
+
+def check_labels(id2label: dict | None, num_classes: int) -> dict[int, str]:
+    """Returns class names by id; the keys may be strings, which JSON turns integers into.
+
+    Raises:
+        ValueError: if a key is not the id of a class, or a name is not a printable one.
+    """
+    if not isinstance(id2label, (dict, type(None))):
+        raise ValueError(f"`id2label` has to be a dict, but is {reprlib.repr(id2label)}.")
+    labels = {}
+    for key, name in (id2label or {}).items():
+        if not str(key).isdecimal() or len(str(key)) > 18 or not int(key) < num_classes:
+            raise ValueError(
+                f"The keys of `id2label` have to be in [0, {num_classes - 1}], but one is "
+                f"{reprlib.repr(key)}."
+            )
+        if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name) <= MAX_LABEL_LENGTH:
+            raise ValueError(
+                f"The names in `id2label` have to be of 1 to {MAX_LABEL_LENGTH} printable characters, but "
+                f"one is {reprlib.repr(name)}."
+            )
+        labels[int(key)] = name
+    return labels
 
 
 def copy_source(module_name: str, folder: Path) -> str:

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import math
+import reprlib
 import shutil
 import sys
 from collections.abc import Callable
@@ -44,6 +45,8 @@ ADAPTIVE_SCHEDULE = ((5.0, 0.0), (2.0, 1.0), (0.5, 1.0), (0.2, 1.5), (0.05, 1.5)
 # folder holds them all.
 COMPONENT_MODULES = ("transformer_pet", "scheduling_adaptive_edm")
 PIPELINE_MODULES = ("pipeline_pet_diffusion", "pipeline_pet_classification")
+
+MAX_LABEL_LENGTH = 256
 
 
 def guidance_weight(
@@ -142,12 +145,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, guider=guider)
         num_classes = transformer.config.num_classes
-        # JSON turns integer keys into strings.
-        self.id2label = {int(key): str(name) for key, name in (id2label or {}).items()}
-        if any(not 0 <= key < num_classes for key in self.id2label):
-            raise ValueError(
-                f"The keys of `id2label` have to be in [0, {num_classes - 1}], but are {list(self.id2label)}."
-            )
+        self.id2label = check_labels(id2label, num_classes)
         self.register_to_config(
             id2label={str(key): name for key, name in self.id2label.items()}, calibration=calibration
         )
@@ -165,10 +163,12 @@ class PetDiffusionPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`, *optional*): a folder or a Hub id.
-            kwargs: see [`DiffusionPipeline.from_pretrained`].
+            kwargs: see [`DiffusionPipeline.from_pretrained`]; `use_safetensors` defaults to `True`, so that
+                no pickle is read.
         """
         if pretrained_model_name_or_path is None:
             pretrained_model_name_or_path = Path(__file__).parent / "pretrained"
+        kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -211,17 +211,33 @@ class PetDiffusionPipeline(DiffusionPipeline):
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
         config = super()._dict_from_json_file(json_file)
+        if not isinstance(config, dict):
+            raise ValueError(f"{str(json_file)!r} has to hold a JSON object.")
         if isinstance(config.get("_class_name"), list):
-            config["_class_name"] = config["_class_name"][1]
+            config["_class_name"] = str(*config["_class_name"][-1:])
         return config
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Loads `model_index.json`; see [`ConfigMixin.load_config`]."""
+        """Loads `model_index.json`; see [`ConfigMixin.load_config`].
+
+        Raises:
+            ValueError: if it does not name a library and a class for each component.
+        """
         loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name in ("transformer", "scheduler", "guider"):
+            pair = config.get(name, [None, None])
+            if not isinstance(pair, list) or [type(part) for part in pair] not in (
+                [str] * 2,
+                [type(None)] * 2,
+            ):
+                raise ValueError(
+                    f"`{name}` in {cls.config_name} has to be a library and a class, but is "
+                    f"{reprlib.repr(pair)}."
+                )
         package = __name__.rpartition(".")[0]
         if not package.startswith("diffusers_modules"):  # where diffusers puts the code of checkpoints
-            config = loaded[0] if isinstance(loaded, tuple) else loaded
             for value in config.values():
                 stem = str(value[0]).rpartition(".")[2] if isinstance(value, list) and value else None
                 if stem in COMPONENT_MODULES:
@@ -553,6 +569,30 @@ class PetDiffusionPipeline(DiffusionPipeline):
         # D = c_skip·x + c_out·F is inverted with the scheduler's own formula at F = 0 and F = 1.
         offset = precondition(torch.zeros_like(latents))
         return (denoised - offset) / (precondition(torch.ones_like(latents)) - offset)
+
+
+def check_labels(id2label: dict | None, num_classes: int) -> dict[int, str]:
+    """Returns class names by id; the keys may be strings, which JSON turns integers into.
+
+    Raises:
+        ValueError: if a key is not the id of a class, or a name is not a printable one.
+    """
+    if not isinstance(id2label, (dict, type(None))):
+        raise ValueError(f"`id2label` has to be a dict, but is {reprlib.repr(id2label)}.")
+    labels = {}
+    for key, name in (id2label or {}).items():
+        if not str(key).isdecimal() or len(str(key)) > 18 or not int(key) < num_classes:
+            raise ValueError(
+                f"The keys of `id2label` have to be in [0, {num_classes - 1}], but one is "
+                f"{reprlib.repr(key)}."
+            )
+        if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name) <= MAX_LABEL_LENGTH:
+            raise ValueError(
+                f"The names in `id2label` have to be of 1 to {MAX_LABEL_LENGTH} printable characters, but "
+                f"one is {reprlib.repr(name)}."
+            )
+        labels[int(key)] = name
+    return labels
 
 
 def copy_source(module_name: str, folder: Path) -> str:

@@ -11,13 +11,33 @@ This file travels inside every saved checkpoint: it imports PyTorch, diffusers a
 import math
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+
+# A configuration may come from anyone. Within these ranges grids fit into memory, and squares into float32.
+RANGES: dict[str, tuple[float, float]] = {
+    "sigma_min": (1e-9, 1e9),
+    "sigma_max": (1e-9, 1e9),
+    "sigma_data": (1e-9, 1e9),
+    "rho": (0.1, 1000),
+    "num_train_timesteps": (1, 1_000_000),
+    "s_churn": (0, math.inf),
+    "s_tmin": (0, math.inf),
+    "s_tmax": (0, math.inf),
+    "s_noise": (0, 1000),
+    "p_mean": (-100, 100),
+    "p_std": (1e-3, 100),
+    "num_bins": (1, 100_000),
+    "adaptive_decay": (0, 1),
+}
+INTEGERS = ("num_train_timesteps", "num_bins")
 
 
 @dataclass
@@ -111,15 +131,17 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         num_bins: int = 32,
         adaptive_decay: float = 0.99,
     ) -> None:
-        if not 0 < sigma_min < sigma_max < math.inf:
+        for name, (low, high) in RANGES.items():
+            value = getattr(self.config, name)
+            kind, kind_name = (int, "an integer") if name in INTEGERS else ((int, float), "a number")
+            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+                raise ValueError(f"`{name}` has to be {kind_name} in [{low:g}, {high:g}], but is {value!r}.")
+        if not isinstance(adaptive, bool):
+            raise ValueError(f"`adaptive` has to be true or false, but is {adaptive!r}.")
+        if not sigma_min < sigma_max:
             raise ValueError(
-                f"0 < `sigma_min` < `sigma_max` has to hold, but they are {sigma_min} and {sigma_max}."
+                f"`sigma_min` < `sigma_max` has to hold, but they are {sigma_min} and {sigma_max}."
             )
-        for name in ("sigma_data", "rho", "p_std"):
-            if not 0 < getattr(self.config, name) < math.inf:
-                raise ValueError(
-                    f"`{name}` has to be positive and finite, but is {getattr(self.config, name)}."
-                )
         for name, choices in {
             "sigma_schedule": ("karras", "exponential"),
             "prediction_type": ("epsilon", "v_prediction"),
@@ -130,16 +152,12 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(
                     f"`{name}` has to be one of {', '.join(choices)}, but is {getattr(self.config, name)!r}."
                 )
-        if s_churn < 0:
-            raise ValueError(f"`s_churn` has to be at least 0, but is {s_churn}.")
         if s_churn > 0 and solver == "multistep":
             raise ValueError(
                 "`s_churn` needs the solver 'euler' or 'heun': multistep reuses the previous evaluation."
             )
-        if num_bins < 1:
-            raise ValueError(f"`num_bins` has to be at least 1, but is {num_bins}.")
-        if not 0 <= adaptive_decay < 1:
-            raise ValueError(f"`adaptive_decay` has to be in [0, 1), but is {adaptive_decay}.")
+        if adaptive_decay == 1:
+            raise ValueError("`adaptive_decay` has to be less than 1, as the running sums would overflow.")
 
         # Running sums over reported batches of L² and of the number of samples, per bin of the training
         # proposal.
@@ -147,6 +165,13 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         self._bin_counts = torch.zeros(num_bins)
         self.num_inference_steps: int | None = None
         self._set_grid(self._grid(num_train_timesteps))
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
+        config = super()._dict_from_json_file(json_file)
+        if not isinstance(config, dict):  # a string would be taken for a repository to ask for another one
+            raise ValueError(f"{str(json_file)!r} has to hold a JSON object.")
+        return config
 
     def precondition_inputs(self, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Returns c_in·x, the network's input of unit variance, in the dtype of `sample`."""
@@ -439,14 +464,15 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         Args:
             sigmas (`torch.Tensor` of shape `(batch,)`): noise levels of the samples.
             losses (`torch.Tensor` of shape `(batch,)`): their losses as they enter the objective, importance
-                weights aside. Non-finite ones are left out.
+                weights aside. Those whose squares are not finite, or so large that a sum of them might not
+                be, are left out.
         """
         num_bins = self.config.num_bins
         edges = self._proposal_quantile(torch.arange(1, num_bins, device=sigmas.device) / num_bins)
         bins = torch.bucketize(sigmas.detach().float(), edges)
         squares = losses.detach().float() ** 2
         # No data-dependent shapes and no questions to the data: on a GPU this does not wait for it.
-        counted = squares.isfinite().float()
+        counted = (squares < torch.finfo(squares.dtype).max / 1e6).float()  # false for NaN
         squares = torch.where(counted > 0, squares, 0.0)
         decay = self.config.adaptive_decay
         self._bin_square_sums = (decay * self._bin_square_sums.to(squares)).index_add(0, bins, squares)

@@ -9,7 +9,9 @@ it at patch resolution.
 This file travels inside every saved checkpoint: it imports PyTorch, diffusers and the standard library only.
 """
 
+import math
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +48,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_layers": 2,
     },
 }
+
+
+# A `config.json` may come from anyone. What it describes is refused beyond these, before memory is taken.
+MAX_PARAMETERS = 2_000_000_000  # 8 GB in float32
+MAX_LAYERS = 1000
+MAX_IMAGE_VALUES = 2**24  # channels × height × width
 
 
 class PetAttention(nn.Module):
@@ -274,6 +282,39 @@ def num_groups(channels: int) -> int:
     return next(groups for groups in range(min(32, max(1, channels // 8)), 0, -1) if channels % groups == 0)
 
 
+def count_parameters(
+    in_channels: int,
+    num_classes: int,
+    patch_size: int,
+    num_layers: int,
+    dim: int,
+    feed_forward_dim: int,
+    num_long_skips: int,
+    decoder_channels: int,
+    decoder_layers: int,
+) -> int:
+    """Returns the number of parameters of a [`PetTransformer2DModel`] that is not built yet."""
+    patch_values = patch_size**2 * in_channels
+    embeddings = (patch_values + 1) * dim + (256 + dim + 2) * dim + (num_classes + 1) * dim
+    attention = 3 * dim**2 + 10 * dim + (dim + 1) * dim
+    feed_forward = (dim + 1) * 2 * feed_forward_dim + 10 * feed_forward_dim + (feed_forward_dim + 1) * dim
+    blocks = num_layers * ((dim + 1) * 6 * dim + attention + feed_forward)
+    long_skips = num_long_skips * (2 * dim + 1) * dim
+    output = (dim + 1) * 2 * dim + (dim + 1) * patch_values
+    decoder = 0
+    if decoder_layers:
+        pixel_factor = 2 if patch_size % 2 == 0 else 1
+        pixel_values = in_channels * pixel_factor**2
+        decoder = (
+            (dim + 1) * decoder_channels * (patch_size // pixel_factor) ** 2
+            + (9 * pixel_values + 1) * decoder_channels
+            + decoder_layers * 2 * ((9 * decoder_channels + 1) * decoder_channels + 2 * decoder_channels)
+            + 2 * decoder_channels
+            + (9 * decoder_channels + 1) * pixel_values
+        )
+    return embeddings + blocks + long_skips + output + decoder
+
+
 class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""Class-conditional denoiser: the network $F_\theta$ of EDM (Karras et al. 2022, equation 7).
 
@@ -343,16 +384,24 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             value = getattr(self.config, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` has to be a positive integer, but is {value!r}.")
-        if not isinstance(decoder_layers, int) or decoder_layers < 0:
+        if not isinstance(decoder_layers, int) or isinstance(decoder_layers, bool) or decoder_layers < 0:
             raise ValueError(f"`decoder_layers` has to be a non-negative integer, but is {decoder_layers!r}.")
+        for name in ("feed_forward_ratio", "dropout"):
+            value = getattr(self.config, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"`{name}` has to be a number, but is {value!r}.")
+        if not isinstance(long_skips, bool):
+            raise ValueError(f"`long_skips` has to be true or false, but is {long_skips!r}.")
         if sample_size % patch_size:
             raise ValueError(
                 f"`patch_size` has to divide `sample_size`, but {patch_size} does not divide {sample_size}."
             )
         if attention_type not in ("linear", "softmax"):
             raise ValueError(f"`attention_type` has to be 'linear' or 'softmax', but is {attention_type!r}.")
-        if not feed_forward_ratio > 0:
-            raise ValueError(f"`feed_forward_ratio` has to be positive, but is {feed_forward_ratio!r}.")
+        if not 0 < feed_forward_ratio < math.inf:
+            raise ValueError(
+                f"`feed_forward_ratio` has to be positive and finite, but is {feed_forward_ratio!r}."
+            )
         if not 0 <= dropout < 1:
             raise ValueError(f"`dropout` has to be in [0, 1), but is {dropout!r}.")
         inner_dim = num_attention_heads * attention_head_dim
@@ -360,6 +409,33 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(
                 "`num_attention_heads` × `attention_head_dim` has to be a multiple of 4 for 2D sinusoidal "
                 f"positions, but is {inner_dim}."
+            )
+        for name in ("num_layers", "decoder_layers"):
+            if getattr(self.config, name) > MAX_LAYERS:
+                raise ValueError(
+                    f"`{name}` has to be at most {MAX_LAYERS:,}, but is {getattr(self.config, name):,}."
+                )
+        num_values = in_channels * sample_size**2
+        if num_values > MAX_IMAGE_VALUES:
+            raise ValueError(
+                f"`in_channels` × `sample_size`² has to be at most {MAX_IMAGE_VALUES:,}, but is "
+                f"{num_values:,}."
+            )
+        num_parameters = count_parameters(
+            in_channels,
+            num_classes,
+            patch_size,
+            num_layers,
+            inner_dim,
+            int(inner_dim * feed_forward_ratio),
+            num_layers // 2 if long_skips else 0,
+            decoder_channels,
+            decoder_layers,
+        )
+        if num_parameters > MAX_PARAMETERS:
+            raise ValueError(
+                f"A model may have at most {MAX_PARAMETERS:,} parameters, but this configuration has "
+                f"{num_parameters:,} ({4 * num_parameters / 1e9:,.0f} GB in float32)."
             )
         self.gradient_checkpointing = False
 
@@ -410,6 +486,37 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if preset not in PRESETS:
             raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[preset], **kwargs})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Loads a saved model; see [`ModelMixin.from_pretrained`].
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): a folder or a Hub id.
+            kwargs: `use_safetensors` defaults to `True`, so that no pickle is read.
+
+        Raises:
+            ValueError: if the file lacks weights, which would otherwise be random.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        return_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+        )
+        missing = info["missing_keys"]
+        if missing:
+            raise ValueError(
+                f"The weights in {str(pretrained_model_name_or_path)!r} lack {len(missing)} tensors, among "
+                f"them {min(missing)}."
+            )
+        return (model, info) if return_info else model
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
+        config = super()._dict_from_json_file(json_file)
+        if not isinstance(config, dict):  # a string would be taken for a repository to ask for another one
+            raise ValueError(f"{str(json_file)!r} has to hold a JSON object.")
+        return config
 
     def initialize_weights(self) -> None:
         """Initialises all weights: Xavier for matrices, adaLN-zero, zero for both paths to the pixels."""

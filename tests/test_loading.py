@@ -163,3 +163,33 @@ def test_another_scheduler_is_saved_and_loaded(pipeline, tmp_path):
     pipeline.scheduler = AdaptiveEDMScheduler.from_config(pipeline.scheduler.config)
     pipeline.save_pretrained(tmp_path / "euler")  # over the other
     assert type(PetDiffusionPipeline.from_pretrained(tmp_path / "euler").scheduler) is AdaptiveEDMScheduler
+
+
+@pytest.mark.parametrize("pipeline_class", [PetDiffusionPipeline, PetClassificationPipeline])
+def test_pickled_weights_are_refused_and_not_opened(saved, tmp_path, pipeline_class):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "unpickled",)
+
+    (saved / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"weights": Evil()}, saved / "transformer" / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model.safetensors"):
+        pipeline_class.from_pretrained(saved)
+    assert not (tmp_path / "unpickled").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("transformer", 5, "a library and a class"),
+        ("transformer", ["transformer_pet"], "a library and a class"),
+        ("scheduler", ["diffusers", None], "a library and a class"),
+        ("transformer", ["os", "system"], "does not seem to have any of the loading methods"),
+        ("id2label", ["cat", "dog"], "`id2label` has to be a dict"),
+    ],
+)
+def test_an_index_is_checked(saved, entry, value, message):
+    path = saved / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), entry: value}))
+    with pytest.raises(ValueError, match=message):
+        PetDiffusionPipeline.from_pretrained(saved)

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import random_model
@@ -36,6 +37,29 @@ def test_an_image_depends_on_its_seed_alone(saved, tmp_path):
     assert {p.name for p in one.iterdir()} == {"dog-7.png", "grid.png"}
     with Image.open(many / "dog-7.png") as a, Image.open(one / "dog-7.png") as b:
         assert max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes())) <= 1
+
+
+def test_generate_draws_in_batches(pipeline, tmp_path, monkeypatch):
+    # An image does not depend on how many are drawn at once, and no more are in memory.
+    pipeline.save_pretrained(tmp_path / "model")
+    sizes = []
+    draw = PetDiffusionPipeline.__call__
+
+    def counting_draw(self, labels, *args, **kwargs):
+        sizes.append(len(labels))
+        return draw(self, labels, *args, **kwargs)
+
+    monkeypatch.setattr(PetDiffusionPipeline, "__call__", counting_draw)
+    words = ["generate", "--num_samples", "5", "--steps", "2", "--model", str(tmp_path / "model")]
+    files = []
+    for batch_size in ("4", "64"):
+        assert main([*words, "--batch_size", batch_size, "--out", str(tmp_path / batch_size)]) == 0
+        files.append({path.name: path for path in (tmp_path / batch_size).iterdir()})
+    assert sizes == [4, 4, 2, 10]
+    assert files[0].keys() == files[1].keys() and len(files[0]) == 11
+    for name in files[0]:
+        with Image.open(files[0][name]) as first, Image.open(files[1][name]) as second:
+            assert max(abs(a - b) for a, b in zip(first.tobytes(), second.tobytes())) <= 1
 
 
 def test_an_image_keeps_its_settings(saved, tmp_path, capsys):
@@ -108,3 +132,35 @@ def test_help_does_not_load_pytorch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "--guidance_scale" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["../../outside", "a/b", ".hidden", "", "C:\\x", "x" * 200])
+def test_a_class_name_cannot_leave_the_folder(tmp_path, name):
+    labels = {0: name, 1: "dog"} if name else {1: "dog"}
+    PetDiffusionPipeline(random_model(), AdaptiveEDMScheduler(), id2label=labels).save_pretrained(
+        tmp_path / "model"
+    )
+    before = set(tmp_path.iterdir())
+    words = ["generate", "--model", str(tmp_path / "model"), "--num_samples", "1", "--steps", "1"]
+    assert main([*words, "--out", str(tmp_path / "deep" / "out")]) == 0
+    names = {path.name for path in (tmp_path / "deep" / "out").iterdir()}
+    assert names == {"class-0-0.png" if name else "0-0.png", "dog-0.png", "grid.png"}
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "deep"}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[1]", "JSON object"),
+        (b'"user/repository"', "JSON object"),  # diffusers would ask the Hub for it
+        (b'{"num_layers": 1000000}', "`num_layers` has to be at most 1,000, but is 1,000,000"),
+        (b"\xff", "codec"),
+    ],
+)
+def test_a_damaged_model_is_one_line(saved, tmp_path, capsys, content, message):
+    (Path(saved) / "transformer" / "config.json").write_bytes(content)
+    assert main(["generate", "--model", saved, "--out", str(tmp_path / "x")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"pet-pipeline: The model {saved!r} cannot be loaded") and message in error
+    assert not (tmp_path / "x").exists()

@@ -7,7 +7,13 @@ from conftest import random_model
 from oracles import GaussianDenoiser
 from PIL import Image
 
-from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
+from pet_pipeline import (
+    AdaptiveEDMScheduler,
+    PetClassificationPipeline,
+    PetDiffusionPipeline,
+    pipeline_pet_classification,
+    pipeline_pet_diffusion,
+)
 from pet_pipeline.pipeline_pet_classification import (
     BAND_RANGE,
     NUM_BANDS,
@@ -263,3 +269,12 @@ def test_copied_methods_are_equal(name):
         for cls in (PetDiffusionPipeline, PetClassificationPipeline)
     )
     assert first == second
+
+
+def test_copied_functions_are_equal():
+    for name in ("check_labels", "copy_source"):
+        first, second = (
+            inspect.getsource(getattr(module, name))
+            for module in (pipeline_pet_diffusion, pipeline_pet_classification)
+        )
+        assert first == second

@@ -342,6 +342,20 @@ def test_bad_arguments_are_one_clear_error(pipeline, kwargs, message):
         pipeline(**{"class_labels": "cat", **kwargs})
 
 
-def test_id2label_is_checked():
+@pytest.mark.parametrize(
+    "id2label",
+    [
+        {2: "bird"},
+        {-1: "bird"},
+        {"one": "bird"},
+        {0: 5},
+        {0: ""},
+        {0: "two\nlines"},
+        {0: "\x1b[2J"},
+        {0: "x" * 1000},
+        ["cat"],
+    ],
+)
+def test_id2label_is_checked(id2label):
     with pytest.raises(ValueError, match="id2label"):
-        PetDiffusionPipeline(random_model(), AdaptiveEDMScheduler(), id2label={2: "bird"})
+        PetDiffusionPipeline(random_model(), AdaptiveEDMScheduler(), id2label=id2label)

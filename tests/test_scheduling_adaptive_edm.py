@@ -127,6 +127,15 @@ def test_bad_arguments_are_refused():
         {"s_churn": 1.0},  # with the multistep solver
         {"s_churn": -1.0, "solver": "euler"},
         {"num_bins": 0},
+        {"num_bins": 10**12},
+        {"num_train_timesteps": 10**12},
+        {"num_train_timesteps": 1000.0},
+        {"sigma_max": "80"},
+        {"sigma_max": float("inf")},
+        {"p_mean": float("nan")},
+        {"rho": 1e-300},
+        {"adaptive": 1},
+        {"adaptive_decay": 1.0},
     ):
         with pytest.raises(ValueError, match=f"`({'|'.join(config)})`"):
             AdaptiveEDMScheduler(**config)
@@ -245,3 +254,14 @@ def test_samples_keep_their_dtype(dtype):
         output = scheduler.step(scheduler.scale_model_input(x, timestep), timestep, x)
         assert output.prev_sample.dtype == output.pred_original_sample.dtype == dtype
     assert not scheduler._previous  # nothing is kept after the last step
+
+
+def test_extreme_losses_do_not_spoil_the_draw():
+    scheduler = AdaptiveEDMScheduler()
+    sigmas = scheduler.sample_training_sigmas(6).sigmas
+    extreme = [float("nan"), float("inf"), -float("inf"), 1e30, 1.8e19, 1e19]
+    for _ in range(1000):
+        scheduler.update_training_losses(sigmas, torch.tensor(extreme))
+        scheduler.update_training_losses(sigmas, torch.ones(6))
+    assert scheduler._bin_square_sums.isfinite().all()
+    torch.testing.assert_close(scheduler.bin_probabilities, torch.full((32,), 1 / 32))

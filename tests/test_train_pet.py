@@ -258,33 +258,6 @@ def test_a_finished_run_is_not_overwritten(finished_run, image_folder):
     assert metrics(finished_run) == before
 
 
-def test_two_processes_train_together_and_one_writes(image_folder, tmp_path):
-    words = arguments(image_folder, tmp_path / "out", train_batch_size=4, gradient_accumulation_steps=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }
-    result = subprocess.run(
-        [*command, str(ROOT / "train_pet.py"), *words],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Saved the pipeline") == 1
-    losses = [record for record in metrics(tmp_path / "out") if "train/loss" in record]
-    assert [record["images"] for record in losses] == [16, 32, 48, 64, 80, 96]
-    assert losses[-1]["train/learning_rate"] == 0
-    assert {path.name for path in (tmp_path / "out" / "checkpoint-6").glob("random_states_*")} == {
-        "random_states_0.pkl",
-        "random_states_1.pkl",
-    }
-
-
 def test_resuming_before_later_checkpoints_is_refused(finished_run, image_folder):
     with pytest.raises(ValueError, match="holds later checkpoints than the one to resume from: checkpoint-6"):
         train(image_folder, finished_run, resume_from_checkpoint="checkpoint-3")

@@ -2,8 +2,9 @@ import pytest
 import torch
 from conftest import TINY, random_model
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
-from pet_pipeline import PetTransformer2DModel
+from pet_pipeline import PetTransformer2DModel, transformer_pet
 from pet_pipeline.transformer_pet import linear_attention
 
 
@@ -127,6 +128,14 @@ def test_bfloat16_is_close_to_float32(timestep):
         ({"dropout": 1.0}, "`dropout`"),
         ({"decoder_layers": -1}, "`decoder_layers`"),
         ({"feed_forward_ratio": 0}, "`feed_forward_ratio`"),
+        ({"feed_forward_ratio": "2"}, "`feed_forward_ratio` has to be a number, but is '2'"),
+        ({"long_skips": "no"}, "`long_skips`"),
+        # What would exhaust memory is refused with the figure.
+        ({"num_layers": 1001}, "`num_layers` has to be at most 1,000, but is 1,001"),
+        ({"sample_size": 40_000}, "has to be at most 16,777,216, but is 4,800,000,000"),
+        ({"num_classes": 10**9}, r"parameters, but this configuration has 16,000,0\d\d,\d\d\d \(64 GB"),
+        ({"attention_head_dim": 10**6}, "parameters, but this configuration has"),
+        ({"decoder_channels": 10**6}, "parameters, but this configuration has"),
     ],
 )
 def test_bad_configurations_name_the_argument(config, message):
@@ -241,3 +250,37 @@ def test_shapes_are_inferred_on_the_meta_device():
         model = PetTransformer2DModel(**TINY)
         output = model(torch.empty(2, 3, 8, 8), torch.empty(2), torch.empty(2, dtype=torch.long)).sample
     assert output.shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_layers": 5, "long_skips": True},
+        {"decoder_layers": 0, "num_classes": 10},
+        {"patch_size": 1, "sample_size": 4, "decoder_layers": 3, "in_channels": 1},
+        {"sample_size": 9, "patch_size": 3, "feed_forward_ratio": 1.7, "decoder_channels": 24},
+    ],
+)
+def test_parameters_are_counted_before_they_are_made(config, monkeypatch):
+    model = PetTransformer2DModel(**{**TINY, **config})
+    number = sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(transformer_pet, "MAX_PARAMETERS", number)
+    PetTransformer2DModel(**{**TINY, **config})
+    monkeypatch.setattr(transformer_pet, "MAX_PARAMETERS", number - 1)
+    with pytest.raises(ValueError, match=f"configuration has {number:,} "):
+        PetTransformer2DModel(**{**TINY, **config})
+
+
+def test_weights_that_are_missing_or_pickled_are_refused(tmp_path):
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({name: weight for name, weight in weights.items() if "to_q" not in name}, path)
+    with pytest.raises(ValueError, match="lack 2 tensors, among them transformer_blocks.0.attn.to_q.weight"):
+        PetTransformer2DModel.from_pretrained(tmp_path)
+    path.unlink()
+    torch.save(weights, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):
+        PetTransformer2DModel.from_pretrained(tmp_path)

@@ -1,0 +1,232 @@
+"""Trainings in processes of their own, which tests kill, disturb and compare."""
+
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from pet_pipeline import AdaptiveEDMScheduler, BalancedAdaptiveLoss
+from pet_pipeline.scheduling_adaptive_edm import TrainingSigmas
+
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "train_pet.py"
+
+# Every process is forked from one that has imported everything, which takes longer than the training.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["train_pet"])
+
+
+@dataclass
+class Ended:
+    """How a process ended: its exit code (negative for a signal) and what it wrote."""
+
+    exit_code: int
+    output: str
+
+
+def run_script(
+    words: list[str],
+    output: Connection,
+    fault: tuple[str, str] | None,
+    environment: dict[str, str] | None,
+    predictable: bool,
+) -> None:
+    """Runs the training script; see [`Training`]."""
+    os.environ.update(environment or {})
+    for descriptor in (1, 2):
+        os.dup2(output.fileno(), descriptor)
+    torch.set_num_threads(1)
+    sys.argv = [str(SCRIPT), *words]
+    if fault is not None:
+        break_writes(*fault)
+    if predictable:
+        make_predictable()
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def break_writes(name: str, kind: str) -> None:
+    """Lets the writing of a file fail in this process from now on.
+
+    Args:
+        name (`str`): the end of the file's path, or for `"read-only"` a folder.
+        kind (`str`): `"full"`, the disk has no room for the first byte; `"torn"`, the kernel refuses all but
+            the first 10 bytes; or `"read-only"`.
+    """
+    import accelerate.utils.other
+    import safetensors.torch
+
+    def check(path: Any) -> None:
+        path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
+        if not (path.startswith(name) if kind == "read-only" else path.endswith(name)):
+            return
+        if kind != "torn":
+            number = errno.ENOSPC if kind == "full" else errno.EROFS
+            raise OSError(number, os.strerror(number), path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+
+    def checked(function: Any) -> Any:
+        def save(content: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+            check(path)
+            return function(content, path, *args, **kwargs)
+
+        return save
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    torch.save = checked(torch.save)
+    safetensors.torch.save_file = checked(safetensors.torch.save_file)
+    accelerate.utils.other.safe_save_file = checked(accelerate.utils.other.safe_save_file)
+    writing = os.O_WRONLY | os.O_RDWR
+    # PyTorch and safetensors open their files by themselves; Python tells of the others.
+    sys.addaudithook(
+        lambda event, arguments: (
+            check(arguments[0]) if event == "open" and (arguments[2] or 0) & writing else None
+        )
+    )
+
+
+class Training:
+    """A running training.
+
+    Args:
+        words (`list[str]`): its command line.
+        fault (`tuple[str, str]`, *optional*): arguments of [`break_writes`].
+        environment (`dict[str, str]`, *optional*): further variables of its environment.
+        predictable (`bool`, defaults to `False`): see [`make_predictable`].
+    """
+
+    def __init__(
+        self,
+        words: list[str],
+        fault: tuple[str, str] | None = None,
+        environment: dict[str, str] | None = None,
+        predictable: bool = False,
+    ) -> None:
+        self._output, output = PROCESSES.Pipe(duplex=False)
+        self._process = PROCESSES.Process(
+            target=run_script, args=(words, output, fault, environment, predictable)
+        )
+        self._process.start()
+        output.close()
+
+    def wait_for(self, path: Path, timeout: float = 120) -> None:
+        """Returns when a file is there, or the process has ended."""
+        deadline = time.monotonic() + timeout
+        while not path.exists() and self._process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal."""
+        if self._process.is_alive():
+            os.kill(self._process.pid, number)
+
+    def end(self, timeout: float = 120) -> Ended:
+        """Waits for the end."""
+        chunks = []
+        while chunk := os.read(self._output.fileno(), 1 << 16):
+            chunks.append(chunk)
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, "the training hangs"
+        return Ended(self._process.exitcode, b"".join(chunks).decode())
+
+
+def train_process(words: list[str], fault: tuple[str, str] | None = None) -> Ended:
+    """Runs a training to its end."""
+    return Training(words, fault).end()
+
+
+def checkpoint_content(folder: Path) -> dict[str, Any]:
+    """Returns everything in a checkpoint but the time that the training took."""
+    content = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            content[path.name] = load_file(path)
+        elif path.name != "manifest.json":
+            content[path.name] = torch.load(path, weights_only=False)
+            if isinstance(content[path.name], dict):
+                content[path.name].pop("seconds", None)
+    return content
+
+
+def assert_equal(first: Any, second: Any, name: str = "") -> None:
+    """Asserts that two nested states are equal, bit for bit."""
+    assert type(first) is type(second), name
+    if isinstance(first, dict):
+        assert list(first) == list(second), name
+        for key in first:
+            assert_equal(first[key], second[key], f"{name}/{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), name
+        for index, (a, b) in enumerate(zip(first, second)):
+            assert_equal(a, b, f"{name}/{index}")
+    elif isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype and torch.equal(first, second), name
+    elif isinstance(first, np.ndarray):
+        assert first.dtype == second.dtype and np.array_equal(first, second), name
+    else:
+        assert first == second, name
+
+
+def is_equal(first: Any, second: Any) -> bool:
+    """Returns whether [`assert_equal`] finds no difference."""
+    try:
+        assert_equal(first, second)
+    except AssertionError:
+        return False
+    return True
+
+
+def log_of_losses(output_dir: Path) -> list[tuple[int, float]]:
+    """Returns step and loss of each step that the run has logged."""
+    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
+
+
+def spoiled_forward(micro_steps: set[int]) -> Callable:
+    """Returns a `forward` of the loss that is NaN for a sample in the given micro-steps, counted from 0."""
+    forward = BalancedAdaptiveLoss.forward
+    counter = iter(range(10_000))
+
+    def spoiled(self: Any, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if next(counter) in micro_steps:
+            factors = torch.ones(len(model_output), 1, 1, 1)
+            factors[-1] = torch.nan
+            model_output = model_output * factors
+        return forward(self, model_output, *args, **kwargs)
+
+    return spoiled
+
+
+def make_predictable() -> None:
+    """Makes the noise of trainings in this process a function of the image, at one level.
+
+    A run is then a function of the order of the images alone, and so the same for any number of processes.
+    The third optimizer step of two micro-steps has a loss that is not finite, on the last process.
+    """
+
+    def one_level(self: Any, batch_size: int, generator: Any = None, device: Any = None) -> TrainingSigmas:
+        return TrainingSigmas(sigmas=torch.ones(batch_size), weights=torch.ones(batch_size))
+
+    AdaptiveEDMScheduler.sample_training_sigmas = one_level
+    torch.randn_like = lambda images: torch.sin(997 * images)
+    if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        BalancedAdaptiveLoss.forward = spoiled_forward({5})
+
+
+if __name__ == "__main__":
+    make_predictable()
+    runpy.run_path(str(SCRIPT), run_name="__main__")
