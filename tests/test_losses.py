@@ -55,11 +55,11 @@ def test_perfect_prediction_has_no_error_and_gradients_are_finite_at_zero(preset
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_a_samples_loss_does_not_depend_on_its_batch(preset):
     loss_function = BalancedAdaptiveLoss(preset)
-    torch.nn.init.normal_(loss_function.log_weight.weight)
+    torch.nn.init.normal_(loss_function.log_weight.weight, std=0.1)
     batch = random_batch()
     together = loss_function(**batch).sample_losses
     alone = [loss_function(**{k: v[i : i + 1] for k, v in batch.items()}).sample_losses for i in range(6)]
-    torch.testing.assert_close(together, torch.cat(alone))
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
 
 
 def test_mse_is_plain_edm_and_balanced_tends_to_it_at_high_noise():
