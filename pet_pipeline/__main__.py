@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .schedulers import SCHEDULERS, scheduler_by_name
+
 
 if TYPE_CHECKING:
     from .pipeline_pet_diffusion import PetDiffusionPipeline
@@ -13,8 +15,6 @@ if TYPE_CHECKING:
 
 # Known here too, as `--help` should not wait for PyTorch.
 SCHEDULES = ["adaptive", "constant", "interval", "original"]
-SOLVERS = ["multistep", "euler", "heun"]
-SCHEDULERS = [*SOLVERS, "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -234,19 +234,15 @@ def load_pipeline(
     Raises:
         ValueError: if the device or the scheduler cannot be used.
     """
-    import diffusers
     import torch
     from diffusers.utils import logging
 
     from .pipeline_pet_diffusion import PetDiffusionPipeline
-    from .scheduling_adaptive_edm import AdaptiveEDMScheduler
 
     logging.disable_progress_bar()  # of the loading; sampling has its own
     pipeline = PetDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
-    if scheduler in SOLVERS:
-        pipeline.scheduler = AdaptiveEDMScheduler.from_config(pipeline.scheduler.config, solver=scheduler)
-    elif scheduler is not None:
-        pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+    if scheduler is not None:
+        pipeline.scheduler = scheduler_by_name(scheduler, pipeline.scheduler)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
