@@ -298,7 +298,7 @@ def error_figure(evidence: ClassificationEvidence, names: list[str]) -> Image.Im
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 5), dpi=130, layout="constrained")
+    figure = Figure(figsize=(4.2, 4.6), dpi=150, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     for name, errors in zip(names, evidence.errors):
         top.plot(evidence.sigmas.numpy(), errors.numpy(), marker=".", label=name)
@@ -317,7 +317,7 @@ def guidance_figure(sigmas: list[float], weights: list[float]) -> Image.Image:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5, 2.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(4.5, 2.2), dpi=150, layout="constrained")
     axis = figure.subplots()
     axis.axhline(1, color="0.7", linewidth=0.8)
     axis.plot(sigmas, weights, marker=".")
