@@ -369,19 +369,28 @@ def examples_html(examples: list[tuple[Image.Image, str]]) -> str:
     return f'Or one of these:<div class="pet-row pet-small">{"".join(buttons)}</div>'
 
 
-def samples_html(samples: Samples, digest: str | None = None) -> str:
+def model_settings(pipeline: PetDiffusionPipeline) -> dict[str, str]:
+    """Returns what an image keeps of the model that made it."""
+    return {
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "weights": weights_digest(pipeline.transformer),
+    }
+
+
+def samples_html(samples: Samples, model: dict[str, str] | None = None) -> str:
     """Lays samples out, a row for each class.
 
     Args:
         samples ([`Samples`]): the images.
-        digest (`str`, *optional*): of the weights. With it, each image can be downloaded, with its settings.
+        model (`dict[str, str]`, *optional*): see [`model_settings`]. With it, each image can be downloaded,
+            and keeps its settings.
     """
     parts = []
     for name, row in samples.rows.items():
         parts.append(f'<h3>{html.escape(name)}</h3><div class="pet-row">')
         for seed, image in enumerate(row, samples.seed):
             tag = image_tag(image, f"{name}, seed {seed}")
-            if digest is not None:
+            if model is not None:
                 kept = {
                     "class": name,
                     "seed": seed,
@@ -390,7 +399,7 @@ def samples_html(samples: Samples, digest: str | None = None) -> str:
                     "guidance_schedule": samples.settings.guidance_schedule,
                     "negative_class": samples.settings.negative_class,
                     "scheduler": samples.settings.scheduler,
-                    "weights": digest,
+                    **model,
                 }
                 file_name = html.escape(f"{name}-{seed}.png")
                 tag = (
@@ -481,7 +490,7 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
             looked for, and unseen ones, to classify.
     """
     names = class_names(pipeline)
-    digest = weights_digest(pipeline.transformer)
+    model = model_settings(pipeline)
     # It keeps no state of a call.
     classifier = PetClassificationPipeline(
         pipeline.transformer,
@@ -520,7 +529,7 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
         )
         text = "The first image of each class at every step, noisy and denoised; above them the noise level"
         strip = f'<div class="pet-wide" tabindex="0">{image_tag(samples.strip, text)}</div>'
-        yield status, samples_html(samples, digest), seed, strip, gr.skip()
+        yield status, samples_html(samples, model), seed, strip, gr.skip()
         if reference is not None:
             yield *[gr.skip()] * 4, neighbors_html(samples, reference.train.images)
 
@@ -541,7 +550,7 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
                 about = f"{samples.evaluations} evaluations" if final else f"step {samples.step}"
                 section = (
                     f"<section><h3>{html.escape(title)}</h3><p>{html.escape(str(settings))}; {about}</p>"
-                    f"{samples_html(samples, digest if final else None)}</section>"
+                    f"{samples_html(samples, model if final else None)}</section>"
                 )
                 yield "Drawing …", shown(section), seed
             finished.append(section)
@@ -681,7 +690,8 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
         image = gr.State(time_to_live=600)
         inputs, outputs = [image, effort, seed], [status, shares, why]
         taken = [
-            upload.upload(take_upload, upload, [image, upload], **light_events),
+            # Not a light event: of those, Gradio does not show the errors.
+            upload.upload(take_upload, upload, [image, upload], api_visibility="private"),
             choices.select(take_example, None, image, **light_events),
         ]
         for choice in taken:

@@ -403,8 +403,8 @@ def space_files(model_id: str, private: bool = False) -> dict[str, bytes]:
     card = (
         f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n"
         f"The web page of [{model_id}](https://huggingface.co/{model_id}), a class-conditional diffusion "
-        "model: make images, compare settings, and see which class an image is of and why. `pet_pipeline/` is "
-        "the package that the model belongs to.\n"
+        "model: make images, compare settings, and see which class an image is of and why. `pet_pipeline/` "
+        "is the package that the model belongs to.\n"
     )
     if private:
         card += (
