@@ -735,6 +735,7 @@ def serve(
                 css=CSS,
                 footer_links=[],
                 run_history=False,
+                enable_monitoring=False,
                 ssr_mode=False,
                 inbrowser=False,
                 prevent_thread_lock=True,

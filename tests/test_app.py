@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from browser import chromium
@@ -209,6 +210,39 @@ def test_the_command_tells_what_is_wrong(pipeline, tmp_path, capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["app", "--model", str(tmp_path / "model")]) == 1
     assert 'pip install "pet-pipeline[app]"' in capsys.readouterr().err
+
+
+# Without a browser
+
+
+def join_queue(url: str, name: str, values: list, session: str) -> httpx.Response:
+    """Asks for an event as the page does."""
+    dependencies = httpx.get(url + "config").json()["dependencies"]
+    (index,) = (item["id"] for item in dependencies if item["api_name"] == name)
+    request = {"data": values, "fn_index": index, "session_hash": session, "event_data": None}
+    return httpx.post(url + "gradio_api/queue/join", json=request)
+
+
+def test_only_so_many_wait(pipeline, monkeypatch):
+    monkeypatch.setattr(app, "MAX_QUEUE", 3)
+    pipeline.transformer.register_forward_hook(lambda module, args, output: time.sleep(0.05))
+    values = [["cat"], 1, 0, False, 100, 1.5, "adaptive", app.NO_CLASS, app.AS_SAVED]
+    with app.serve(pipeline) as url:
+        answers = [join_queue(url, "generate", values, f"session-{index}") for index in range(6)]
+    assert [answer.status_code for answer in answers].count(503) >= 2
+    assert "Queue is full" in answers[-1].text and answers[0].status_code == 200
+
+
+def test_only_uploads_are_read_and_removed(pipeline, tmp_path, capfd):
+    path = tmp_path / "private.png"
+    Image.new("RGB", (8, 8)).save(path)
+    file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+    with app.serve(pipeline) as url:
+        join_queue(url, "take_upload", [file], "session")
+        answer = httpx.get(url + "gradio_api/queue/data?session_hash=session", timeout=20).text
+        assert httpx.get(f"{url}gradio_api/file={path}").status_code == 403
+    assert '"success":false' in answer and "base64" not in answer
+    assert path.exists()
 
 
 # In a browser
@@ -434,7 +468,10 @@ def test_classify_in_the_page(server, open_page, image_folder):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"no image", "is not an image in JPEG, PNG"), (bytes(6 * 2**20), "exceeds the maximum|too large|5")],
+    [
+        (b"no image", "is not an image in JPEG, PNG"),
+        (bytes(6 * 2**20), "exceed the maximum allowed size of 5"),
+    ],
 )
 def test_a_bad_upload_is_explained_in_the_page(server, open_page, content, message, tmp_path, capfd):
     (tmp_path / "bad.png").write_bytes(content)
