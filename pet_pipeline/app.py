@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -168,7 +169,8 @@ class Cancelled(Exception):
 def stream(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
     """Runs work in a thread, and yields what it reports and at last what it returns.
 
-    If the iterator is closed before, the next report raises [`Cancelled`] in the work, which ends it.
+    If the iterator is closed before, the next report raises [`Cancelled`] in the work, which ends it. Python
+    waits for this thread when it exits, and not for those of Gradio.
 
     Args:
         work (callable): is given the function `report`, to be called with anything.
@@ -213,6 +215,12 @@ def num_evaluations(weights: list[float]) -> int:
     return sum(1 if weight == 1 else 2 for weight in weights)
 
 
+def check_seed(seed: int | None) -> None:
+    """Raises `ValueError` if a seed is missing or out of range."""
+    if seed is None or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"The seed has to be from 0 to {MAX_SEED}, but is {seed}.")
+
+
 def sample(
     pipeline: PetDiffusionPipeline,
     names: list[str],
@@ -241,8 +249,7 @@ def sample(
             f"{number} images of {len(names)} classes are {number * len(names)}; this page makes from 1 to "
             f"{MAX_IMAGES} at once."
         )
-    if seed is None or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"The seed has to be from 0 to {MAX_SEED}, but is {seed}.")
+    check_seed(seed)
     began = time.perf_counter()
     # Requests share the weights, but a scheduler keeps the state of a sampling.
     scheduler = scheduler_by_name(settings.scheduler, pipeline.scheduler)
@@ -280,7 +287,7 @@ def sample(
         images,
         seconds=time.perf_counter() - began,
         evaluations=num_evaluations(weights),
-        strip=recorder.strip(pipe, range(0, len(images), number), names),
+        strip=recorder.strip(pipe, range(0, len(images), number), names, scale=1),
     )
 
 
@@ -516,12 +523,12 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
         seed = random.randrange(2**31) if draw_seed else seed
         with shown_errors():
             settings = Settings.from_inputs(*values)
-            for samples in stream(
-                lambda report: sample(pipeline, chosen, int(number), seed, settings, report)
-            ):
+            for samples in stream(partial(sample, pipeline, chosen, int(number), seed, settings)):
                 if samples.strip is None:
                     heading = f"<p>Step {samples.step} of {samples.num_steps}</p>"
-                    yield "Drawing …", heading + samples_html(samples), seed, gr.skip(), gr.skip()
+                    # Said once, as later it would stand in place of "Cancelled".
+                    status = "Drawing …" if samples.step == 1 else gr.skip()
+                    yield status, heading + samples_html(samples), seed, gr.skip(), gr.skip()
         count = sum(len(row) for row in samples.rows.values())
         status = (
             f"{count} images in {samples.seconds:.1f} s, {samples.evaluations} evaluations of the model for "
@@ -531,7 +538,8 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
         strip = f'<div class="pet-wide" tabindex="0">{image_tag(samples.strip, text)}</div>'
         yield status, samples_html(samples, model), seed, strip, gr.skip()
         if reference is not None:
-            yield *[gr.skip()] * 4, neighbors_html(samples, reference.train.images)
+            (found,) = stream(lambda report: neighbors_html(samples, reference.train.images))
+            yield *[gr.skip()] * 4, found
 
     def compare(
         chosen: list[str], number: int, seed: int, draw_seed: bool, compared: dict[str, Settings]
@@ -543,16 +551,15 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
             return f'<div class="pet-columns">{"".join(finished)}{section}</div>'
 
         for title, settings in compared.items():
-            for samples in stream(
-                lambda report: sample(pipeline, chosen, int(number), seed, settings, report)  # noqa: B023
-            ):
+            for samples in stream(partial(sample, pipeline, chosen, int(number), seed, settings)):
                 final = samples.strip is not None
                 about = f"{samples.evaluations} evaluations" if final else f"step {samples.step}"
                 section = (
                     f"<section><h3>{html.escape(title)}</h3><p>{html.escape(str(settings))}; {about}</p>"
                     f"{samples_html(samples, model if final else None)}</section>"
                 )
-                yield "Drawing …", shown(section), seed
+                first = samples.step == 1 and not finished
+                yield "Drawing …" if first else gr.skip(), shown(section), seed
             finished.append(section)
             seconds += samples.seconds
         yield f"The same seeds, from {seed} on, in {seconds:.1f} s.", shown(""), seed
@@ -591,12 +598,15 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
                 raise ValueError("Drop an image first, or choose one of the examples.")
             if not 2 <= num_evaluations <= MAX_EVALUATIONS:
                 raise ValueError(f"Evaluations for each class have to be from 2 to {MAX_EVALUATIONS}.")
+            check_seed(seed)
             began = time.perf_counter()
-            output = classifier(
-                image,
-                num_evaluations=int(num_evaluations),
-                generator=torch.Generator().manual_seed(seed),
-                return_evidence=True,
+            (output,) = stream(
+                lambda report: classifier(
+                    image,
+                    num_evaluations=int(num_evaluations),
+                    generator=torch.Generator().manual_seed(seed),
+                    return_evidence=True,
+                )
             )
             seconds = time.perf_counter() - began
         (label,), (evidence,) = output.labels, output.evidence

@@ -126,13 +126,16 @@ class DenoisingRecorder:
         self.denoised.append(tensors["pred_original_sample"].cpu())
         return {}
 
-    def strip(self, pipeline: PetDiffusionPipeline, rows: Iterable[int], names: list[str]) -> Image.Image:
+    def strip(
+        self, pipeline: PetDiffusionPipeline, rows: Iterable[int], names: list[str], scale: int = 2
+    ) -> Image.Image:
         """Draws some of the images at each step; see [`denoising_strip`].
 
         Args:
             pipeline ([`PetDiffusionPipeline`]): what was recorded.
             rows (`Iterable[int]`): which images of the batch.
             names (`list[str]`): the class of each.
+            scale (`int`, defaults to 2): pixels per pixel.
         """
         sigma_data = pipeline.scheduler.config.sigma_data
         pictures = []
@@ -141,7 +144,7 @@ class DenoisingRecorder:
                 frames = torch.stack([tensor[row] for tensor in tensors])
                 pictures.append(pipeline.image_processor.postprocess(frames, output_type="pil"))
         labels = [label for name in names for label in (f"{name}, noisy", f"{name}, denoised")]
-        return image_grid(pictures, labels, [f"{sigma:.2g}" for sigma in self.sigmas])
+        return image_grid(pictures, labels, [f"{sigma:.2g}" for sigma in self.sigmas], scale)
 
 
 def denoising_strip(pipeline: PetDiffusionPipeline, seed: int = 0, **kwargs: Any) -> Image.Image:

@@ -81,7 +81,7 @@ def test_each_step_is_reported_and_the_last_one_is_the_image(pipeline):
     for name, row in samples.rows.items():
         for image, denoised in zip(row, reports[-1].rows[name]):
             assert (pixels(image) - pixels(denoised)).abs().max() <= 1
-    assert samples.strip.width > 5 * 16 and samples.strip.height > 4 * 16
+    assert samples.strip.width > 5 * 8 and samples.strip.height > 4 * 8
 
 
 def test_requests_share_the_weights_and_nothing_else(pipeline):
@@ -266,10 +266,14 @@ class Server:
         self.evaluations += 1
         time.sleep(self.delay)
 
-    def is_idle(self) -> bool:
-        before = self.evaluations
-        time.sleep(max(0.3, 3 * self.delay))
-        return self.evaluations == before
+    def wait_until_idle(self) -> None:
+        """Returns when the model has nothing to do; the slowest work of the tests would take over 10 s."""
+        for _ in range(10):
+            before = self.evaluations
+            time.sleep(0.4)
+            if self.evaluations == before:
+                return
+        raise AssertionError("The work goes on.")
 
     def uploads(self) -> list[Path]:
         return [path for path in (self.folder / "temporary").rglob("*") if path.is_file()]
@@ -307,7 +311,7 @@ def running(browser, tmp_path_factory, image_folder):
 @pytest.fixture
 def server(running):
     running.delay = 0.0
-    assert running.is_idle()
+    running.wait_until_idle()
     running.evaluations = 0
     return running
 
@@ -372,7 +376,7 @@ def test_generate_in_the_page(server, open_page, tmp_path):
     assert shown.evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"
     assert shown.evaluate("image => image.width / image.naturalWidth") >= 3
     strip = page.get_by_role("img", name=re.compile("at every step"))
-    assert strip.evaluate("image => image.naturalWidth") > 6 * 16
+    assert strip.evaluate("image => image.naturalWidth") > 6 * 8
     page.get_by_role("img", name="training image 1 closest to cat, seed 5").wait_for()
 
 
@@ -404,7 +408,8 @@ def test_cancel_stops_the_work(server, open_page):
     page.get_by_text(re.compile("Step [2-9] of 100")).wait_for()
     page.get_by_role("button", name="Cancel").click()
     page.get_by_text("Cancelled.").wait_for()
-    assert server.is_idle() and server.evaluations < 60
+    server.wait_until_idle()
+    assert server.evaluations < 60
     assert not page.get_by_role("link", name="Download").count()
     server.delay = 0.0
     page.get_by_role("button", name="Generate").click()
@@ -418,10 +423,8 @@ def test_a_page_that_is_closed_stops_its_work(server, open_page):
     page.get_by_role("button", name="Generate").click()
     page.get_by_text(re.compile("Step [2-9] of 100")).wait_for()
     page.close()
-    for _ in range(10):
-        if server.is_idle():
-            return
-    raise AssertionError("The work goes on, and nobody sees it.")
+    server.wait_until_idle()
+    assert server.evaluations < 100
 
 
 def test_compare_in_the_page(server, open_page):
@@ -482,7 +485,7 @@ def test_a_bad_upload_is_explained_in_the_page(server, open_page, content, messa
     alert.wait_for()
     assert re.search(message, alert.inner_text())
     assert "Traceback" not in capfd.readouterr().err
-    assert server.is_idle() and not server.uploads()
+    assert not server.uploads()
 
 
 def test_two_clients_at_once(server, open_page):
