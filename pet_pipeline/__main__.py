@@ -8,6 +8,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .schedulers import SCHEDULERS, scheduler_by_name
+
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,9 +19,7 @@ if TYPE_CHECKING:
 
 # Known here too, as `--help` should not wait for PyTorch.
 SCHEDULES = ["adaptive", "constant", "interval", "original"]
-SOLVERS = ["multistep", "euler", "heun"]
 GRID_COLUMNS = 32  # images of each class in the grid of `generate`
-SCHEDULERS = [*SOLVERS, "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -188,6 +188,35 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", default="evaluation", metavar="FOLDER", help="where the files go")
     evaluate.set_defaults(run=run_evaluate)
 
+    app = commands.add_parser(
+        "app",
+        help="open a web page to make, compare and classify images",
+        description="Serves a web page on this machine, to make and classify images and compare settings.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    app.add_argument(
+        "--model",
+        "--model_path",
+        metavar="PATH",
+        help="saved pipeline or Hub id; the model of the package if not given",
+    )
+    app.add_argument(
+        "--reference",
+        metavar="DATASET",
+        help="what the model was trained on (Hub id, local data set or image folder): the page then shows "
+        "the training images closest to each sample",
+    )
+    app.add_argument("--cache_dir", help="cache of `datasets`")
+    app.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; with 0.0.0.0 other machines see the page"
+    )
+    app.add_argument("--port", type=positive_integer, help="the first free one from 7860 on if not given")
+    app.add_argument(
+        "--share", action="store_true", help="get a public address, through the servers of Gradio"
+    )
+    app.add_argument("--device", help="a GPU is taken where there is one")
+    app.set_defaults(run=run_app)
+
     push = commands.add_parser(
         "push",
         help="publish a model on the Hugging Face Hub",
@@ -198,6 +227,11 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("folder", metavar="PATH", help="folder of a saved pipeline")
     push.add_argument("repo_id", metavar="REPO", help="USER/NAME, or NAME for the owner of the token")
     push.add_argument("--private", action="store_true", help="only its owner sees it")
+    push.add_argument(
+        "--space",
+        action="store_true",
+        help="publish a Space of the same name too, with the page of the model",
+    )
     push.add_argument("--token", help="better set HF_TOKEN or use `hf auth login`: others see a command line")
     push.add_argument("--message", default="Upload the pipeline", help="of the commit")
     push.set_defaults(run=run_push)
@@ -267,12 +301,10 @@ def load_pipeline(
     Raises:
         ValueError: if the pipeline cannot be loaded, or the device or the scheduler cannot be used.
     """
-    import diffusers
     import torch
     from diffusers.utils import logging
 
     from .pipeline_pet_diffusion import PetDiffusionPipeline
-    from .scheduling_adaptive_edm import AdaptiveEDMScheduler
 
     logging.disable_progress_bar()  # of the loading; sampling has its own
     try:
@@ -282,10 +314,8 @@ def load_pipeline(
     except Exception as error:  # diffusers and safetensors raise nearly anything of damaged files
         message = textwrap.shorten(str(error) or type(error).__name__, 500)
         raise ValueError(f"The model {model!r} cannot be loaded: {message}") from error
-    if scheduler in SOLVERS:
-        pipeline.scheduler = AdaptiveEDMScheduler.from_config(pipeline.scheduler.config, solver=scheduler)
-    elif scheduler is not None:
-        pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+    if scheduler is not None:
+        pipeline.scheduler = scheduler_by_name(scheduler, pipeline.scheduler)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -563,12 +593,34 @@ def run_evaluate(args: argparse.Namespace) -> None:
     print(f"evaluation.json, samples.png and neighbors.png are in {out}.")
 
 
+def run_app(args: argparse.Namespace) -> None:
+    """Serves the web page of `pet-pipeline app`."""
+    try:
+        from .app import launch
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error}; `pip install "pet-pipeline[app]"` installs it.') from None
+    from .visualization import class_names
+
+    pipeline = load_pipeline(args.model, device=args.device)
+    reference = None
+    if args.reference is not None:
+        from .evaluation import load_reference
+
+        resolution = pipeline.transformer.config.sample_size
+        reference = load_reference(
+            args.reference, class_names(pipeline), resolution, cache_dir=args.cache_dir
+        )
+    launch(pipeline, reference, args.host, args.port, args.share)
+
+
 def run_push(args: argparse.Namespace) -> None:
     """Publishes a folder, as `pet-pipeline push` does."""
-    from .hub import push_folder
+    from .hub import push_folder, push_space
 
     url = push_folder(args.folder, args.repo_id, args.private or None, args.token, args.message)
     print(f"{args.folder} is on the Hub: {url}")
+    if args.space:
+        print(f"Its page is a Space: {push_space(args.repo_id, args.token)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

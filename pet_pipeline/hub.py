@@ -1,4 +1,4 @@
-"""Publishing a saved pipeline on the Hugging Face Hub, and the model card that goes with it.
+"""Publishing a saved pipeline on the Hugging Face Hub, with its model card, and a Space with its web page.
 
 What is published is a pipeline folder: index, code, configurations, weights as safetensors, card, pictures.
 Training state stays at home, and so do local paths and the token.
@@ -21,6 +21,8 @@ from huggingface_hub import (
     ModelCard,
     ModelCardData,
     ModelInfo,
+    SpaceCardData,
+    SpaceInfo,
     get_token,
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -63,6 +65,19 @@ CARD_OPTIONS = (
 )
 CIFAR10_IDS = ("uoft-cs/cifar10", "cifar10")
 TASK = "unconditional-image-generation"  # the Hub has no name for class-conditional generation
+# What a Space installs: the requirements of this package and those of its page; the Hub brings Gradio.
+SPACE_REQUIREMENTS = (
+    "torch>=2.11",
+    "torchvision>=0.26",
+    "diffusers>=0.42.1",
+    "accelerate>=1.15",
+    "safetensors>=0.8",
+    "huggingface_hub>=2.4",
+    "numpy",
+    "Pillow",
+    "matplotlib",
+)
+GRADIO_VERSION = "6.31.0"
 # Between these marks, which the Hub does not show, a card tells of an evaluation.
 EVALUATION_PART = re.compile(r"(<!-- evaluation -->\n).*?(<!-- end of evaluation -->)", re.DOTALL)
 
@@ -282,16 +297,19 @@ def hub_client(token: str | None = None) -> HfApi:
     return HfApi(token=token)
 
 
-def create_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> ModelInfo:
-    """Creates a model repository, or finds the one that is there, and checks that the token may write to it.
+def create_repository(
+    repo_id: str, private: bool | None = None, token: str | None = None, repo_type: str = "model"
+) -> ModelInfo | SpaceInfo:
+    """Creates a repository, or finds the one that is there, and checks that the token may write to it.
 
     Args:
         repo_id (`str`): `"USER/NAME"`, or `"NAME"` for the owner of the token.
         private (`bool`, *optional*): whether only its owner sees it; by default, as the owner's settings say.
         token (`str`, *optional*): by default that of HF_TOKEN or of the stored login.
+        repo_type (`str`, defaults to `"model"`): `"model"`, or `"space"` for one of Gradio.
 
     Returns:
-        `ModelInfo`: what the Hub knows of it: its full `id`, and its files as `siblings`.
+        `ModelInfo` or `SpaceInfo`: what the Hub knows of it: its full `id`, and its files as `siblings`.
 
     Raises:
         ValueError: if there is no token, the id is malformed, or a private repository is asked for and the
@@ -300,9 +318,12 @@ def create_repository(repo_id: str, private: bool | None = None, token: str | No
     """
     api = hub_client(token)
     with readable_errors(repo_id, api):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        api.auth_check(repo_id, write=True)
-        info = api.model_info(repo_id)
+        sdk = "gradio" if repo_type == "space" else None
+        repo_id = api.create_repo(
+            repo_id, private=private, repo_type=repo_type, exist_ok=True, space_sdk=sdk
+        ).repo_id
+        api.auth_check(repo_id, repo_type=repo_type, write=True)
+        info = api.repo_info(repo_id, repo_type=repo_type)
     if private and not info.private:
         raise ValueError(
             f"The repository {repo_id!r} is there already, and is public: make it private in its settings, "
@@ -350,6 +371,79 @@ def push_folder(
     with readable_errors(info.id, api):
         # `upload_folder` may make several commits, between which the repository would not load.
         return api.create_commit(info.id, operations, commit_message=commit_message).commit_url
+
+
+# The Space
+
+
+def space_files(model_id: str, private: bool = False) -> dict[str, bytes]:
+    """Returns the files of a Space that shows a model: its app, requirements and card, and this package.
+
+    The package comes as source, so that the Space runs the version that made it.
+
+    Args:
+        model_id (`str`): the model's full id on the Hub.
+        private (`bool`, defaults to `False`): whether the model is; the card then says what the Space needs.
+    """
+    app = (
+        '"""The web page of a model; see README.md."""\n\nimport sys\n\n'
+        "from pet_pipeline.__main__ import main\n\n\n"
+        f'sys.exit(main(["app", "--model", "{model_id}", "--host", "0.0.0.0"]))\n'
+    )
+    name = model_id.rpartition("/")[2]
+    metadata = SpaceCardData(
+        title=name,
+        sdk="gradio",
+        sdk_version=GRADIO_VERSION,
+        python_version="3.11",
+        app_file="app.py",
+        license="apache-2.0",
+        models=[model_id],
+    )
+    card = (
+        f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n"
+        f"The web page of [{model_id}](https://huggingface.co/{model_id}), a class-conditional diffusion "
+        "model: make images, compare settings, and see which class an image is of and why. `pet_pipeline/` "
+        "is the package that the model belongs to.\n"
+    )
+    if private:
+        card += (
+            "\nThe model is private: in the settings of this Space, a secret `HF_TOKEN` has to hold a token "
+            "that may read it.\n"
+        )
+    files = {"app.py": app, "requirements.txt": "\n".join(SPACE_REQUIREMENTS) + "\n", "README.md": card}
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return {name: text.encode() for name, text in files.items()} | {
+        f"pet_pipeline/{source.name}": source.read_bytes() for source in sources
+    }
+
+
+def push_space(model_id: str, token: str | None = None, commit_message: str = "Upload the page") -> str:
+    """Publishes a Space with the web page of a model in one commit, and returns the Space's address.
+
+    It has the id of the model and is as private.
+
+    Args:
+        model_id (`str`): id of a model on the Hub.
+        token (`str`, *optional*): see [`create_repository`].
+        commit_message (`str`, defaults to `"Upload the page"`): first line of the commit's message.
+
+    Raises:
+        ValueError, OSError: see [`push_folder`].
+    """
+    api = hub_client(token)
+    model = create_repository(model_id, token=token)
+    info = create_repository(model.id, model.private or None, token, "space")
+    files = space_files(model.id, bool(model.private))
+    remote = [sibling.rfilename for sibling in info.siblings or []]
+    stale = [name for name in remote if name not in files and name.startswith("pet_pipeline/")]
+    operations = [
+        *(CommitOperationDelete(name, is_folder=False) for name in stale),
+        *(CommitOperationAdd(name, content) for name, content in files.items()),
+    ]
+    with readable_errors(info.id, api):
+        api.create_commit(info.id, operations, commit_message=commit_message, repo_type="space")
+    return f"{api.endpoint}/spaces/{info.id}"
 
 
 # The card

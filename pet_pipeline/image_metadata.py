@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
@@ -14,11 +14,11 @@ from torch import nn
 KEY = "pet_pipeline"
 
 
-def save_image(image: Image.Image, path: str | Path, settings: dict[str, Any]) -> None:
+def save_image(image: Image.Image, file: str | Path | BinaryIO, settings: dict[str, Any]) -> None:
     """Saves an image as a PNG that keeps `settings`, which JSON has to be able to hold."""
     info = PngInfo()
     info.add_itxt(KEY, json.dumps(settings, ensure_ascii=False))
-    image.save(path, format="PNG", pnginfo=info)
+    image.save(file, format="PNG", pnginfo=info)
 
 
 def image_settings(path: str | Path) -> dict[str, Any]:

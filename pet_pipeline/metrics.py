@@ -87,6 +87,20 @@ class NearestNeighbors:
 
 
 @torch.no_grad()
+def pixel_distances(samples: torch.Tensor, training_images: torch.Tensor) -> torch.Tensor:
+    """Returns root-mean-square distances `(N, M)` of samples to training images, mirrored or not.
+
+    Args:
+        samples (`torch.Tensor` of shape `(N, channels, height, width)`): images in [-1, 1].
+        training_images (`torch.Tensor` of shape `(M, channels, height, width)`): images in [-1, 1].
+    """
+    flat = samples.flatten(1)
+    distances = torch.cdist(flat, training_images.flatten(1))
+    mirrored = torch.cdist(flat, training_images.flip(-1).flatten(1))
+    return torch.minimum(distances, mirrored) / flat.shape[1] ** 0.5
+
+
+@torch.no_grad()
 def nearest_neighbors(
     samples: torch.Tensor,
     training_images: torch.Tensor,
@@ -103,19 +117,11 @@ def nearest_neighbors(
             (root mean square, mirrored or not) count as copies of it and not as the second nearest.
         chunk_size (`int`, defaults to 256): samples compared at once.
     """
-    pixels = training_images[0].numel()
-    known = training_images.flatten(1)
-    mirrored = training_images.flip(-1).flatten(1)
-
-    def distances_to_known(images: torch.Tensor) -> torch.Tensor:  # (n, M)
-        images = images.flatten(1)
-        return torch.minimum(torch.cdist(images, known), torch.cdist(images, mirrored)) / pixels**0.5
-
     results = []
     for chunk in samples.split(chunk_size):
-        distances = distances_to_known(chunk)
+        distances = pixel_distances(chunk, training_images)
         nearest, indices = distances.min(1)
-        copies = distances_to_known(training_images[indices]) < duplicate_distance
+        copies = pixel_distances(training_images[indices], training_images) < duplicate_distance
         copies[torch.arange(len(chunk)), indices] = True
         results.append((indices, nearest, distances.masked_fill(copies, math.inf).min(1).values))
     return NearestNeighbors(*(torch.cat(column) for column in zip(*results)))

@@ -1,6 +1,7 @@
 """Pictures of samples, of how they come to be, and of a training run."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,63 @@ def sample_grid(
     return image_grid(rows, names)
 
 
+class DenoisingRecorder:
+    """A callback of a pipeline's steps that keeps how its images come to be.
+
+    It needs the tensors `latents` and `pred_original_sample`.
+
+    Args:
+        noise (`torch.Tensor` of shape `(N, channels, height, width)`): what the pipeline starts from, of unit
+            variance.
+
+    Attributes:
+        sigmas (`list[float]`): the noise level of each step.
+        noisy (`list[torch.Tensor]`): what each step starts from, and at last the sample, all scaled to unit
+            variance.
+        denoised (`list[torch.Tensor]`): what the model makes of it.
+    """
+
+    def __init__(self, noise: torch.Tensor) -> None:
+        self.sigmas: list[float] = []
+        self.noisy = [noise.cpu()]
+        self.denoised: list[torch.Tensor] = []
+
+    def __call__(
+        self,
+        pipeline: PetDiffusionPipeline,
+        step: int,
+        timestep: torch.Tensor,
+        tensors: dict[str, torch.Tensor],
+    ) -> dict:
+        """Keeps a step; changes nothing."""
+        sigma, next_sigma = pipeline.scheduler.sigmas[step : step + 2].tolist()
+        scale = (next_sigma**2 + pipeline.scheduler.config.sigma_data**2) ** 0.5
+        self.sigmas.append(sigma)
+        self.noisy.append(tensors["latents"].cpu() / scale)
+        self.denoised.append(tensors["pred_original_sample"].cpu())
+        return {}
+
+    def strip(
+        self, pipeline: PetDiffusionPipeline, rows: Iterable[int], names: list[str], scale: int = 2
+    ) -> Image.Image:
+        """Draws some of the images at each step; see [`denoising_strip`].
+
+        Args:
+            pipeline ([`PetDiffusionPipeline`]): what was recorded.
+            rows (`Iterable[int]`): which images of the batch.
+            names (`list[str]`): the class of each.
+            scale (`int`, defaults to 2): pixels per pixel.
+        """
+        sigma_data = pipeline.scheduler.config.sigma_data
+        pictures = []
+        for row in rows:
+            for tensors in ([tensor * sigma_data for tensor in self.noisy[:-1]], self.denoised):
+                frames = torch.stack([tensor[row] for tensor in tensors])
+                pictures.append(pipeline.image_processor.postprocess(frames, output_type="pil"))
+        labels = [label for name in names for label in (f"{name}, noisy", f"{name}, denoised")]
+        return image_grid(pictures, labels, [f"{sigma:.2g}" for sigma in self.sigmas], scale)
+
+
 def denoising_strip(pipeline: PetDiffusionPipeline, seed: int = 0, **kwargs: Any) -> Image.Image:
     """One sample of every class at each step: the noisy image over what the model makes of it.
 
@@ -103,33 +161,14 @@ def denoising_strip(pipeline: PetDiffusionPipeline, seed: int = 0, **kwargs: Any
     config = pipeline.transformer.config
     shape = (1, config.in_channels, config.sample_size, config.sample_size)
     noise = torch.randn(shape, generator=image_generators(1, seed)[0]).repeat(len(names), 1, 1, 1)
-    noisy = [noise]  # at every step, scaled to unit variance
-    denoised: list[torch.Tensor] = []
-    sigmas: list[float] = []
-    sigma_data = pipeline.scheduler.config.sigma_data
-
-    def keep(
-        pipe: PetDiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
-    ) -> dict:
-        sigma, next_sigma = pipe.scheduler.sigmas[step : step + 2].tolist()
-        sigmas.append(sigma)
-        noisy.append(tensors["latents"].cpu() / (next_sigma**2 + sigma_data**2) ** 0.5)
-        denoised.append(tensors["pred_original_sample"].cpu())
-        return {}
-
+    recorder = DenoisingRecorder(noise)
     pipeline(
         latents=noise,
-        callback_on_step_end=keep,
+        callback_on_step_end=recorder,
         callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
         **kwargs,
     )
-    rows = []
-    for index in range(len(names)):
-        for tensors in ([tensor * sigma_data for tensor in noisy[:-1]], denoised):
-            frames = torch.stack([tensor[index] for tensor in tensors])
-            rows.append(pipeline.image_processor.postprocess(frames, output_type="pil"))
-    labels = [label for name in names for label in (f"{name}, noisy", f"{name}, denoised")]
-    return image_grid(rows, labels, [f"{sigma:.2g}" for sigma in sigmas])
+    return recorder.strip(pipeline, range(len(names)), names)
 
 
 def step_comparison(
@@ -236,19 +275,70 @@ def evidence_figure(
         best, second = item.labels
         left.imshow(image.convert("RGB"))
         left.set(title=best)
-        limit = item.difference.abs().max().item() or 1.0
-        middle.imshow(item.difference.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+        middle.imshow(evidence_map(item))
         middle.set(title=f"red: {best}, blue: {second}")
         for axis in (left, middle):
             axis.set_axis_off()
-        for name, errors in zip(names, item.errors):
-            if name != best:
-                excess = (errors - item.errors[names.index(best)]).numpy()
-                right.plot(item.sigmas.numpy(), excess, marker=".", label=f"{name} less {best}")
-        right.axhline(0, color="0.7", linewidth=0.8)
-        right.set(xscale="log", xlabel="σ", title="error of the other class less that of the best")
-        right.legend(fontsize=8)
+        _draw_excess(right, item, names)
     return _drawn(figure)
+
+
+def evidence_map(evidence: ClassificationEvidence) -> Image.Image:
+    """Draws where an image speaks for the best class (red) or for the second best (blue), pixel by pixel."""
+    from matplotlib import colormaps
+
+    limit = evidence.difference.abs().max().item() or 1.0
+    colors = colormaps["RdBu_r"]((evidence.difference.numpy() / limit + 1) / 2, bytes=True)
+    return Image.fromarray(colors).convert("RGB")
+
+
+def error_figure(evidence: ClassificationEvidence, names: list[str]) -> Image.Image:
+    """Draws the error of each class by noise level, and how much larger the others' are than the best's.
+
+    Args:
+        evidence (`ClassificationEvidence`): of one image.
+        names (`list[str]`): names of the classes, in the order of their ids.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2, 4.6), dpi=150, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for name, errors in zip(names, evidence.errors):
+        top.plot(evidence.sigmas.numpy(), errors.numpy(), marker=".", label=name)
+    top.set(title="error of each class")
+    top.legend(fontsize=8)
+    _draw_excess(bottom, evidence, names)
+    return _drawn(figure)
+
+
+def guidance_figure(sigmas: list[float], weights: list[float]) -> Image.Image:
+    """Draws the strength w(σ) of the guidance at each step of a sampling, the first step to the left.
+
+    Args:
+        sigmas (`list[float]`): noise level of each step.
+        weights (`list[float]`): w at each step; 1 is no guidance.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5, 2.2), dpi=150, layout="constrained")
+    axis = figure.subplots()
+    axis.axhline(1, color="0.7", linewidth=0.8)
+    axis.plot(sigmas, weights, marker=".")
+    axis.set(xscale="log", xlabel="noise level σ", ylabel="guidance w(σ)")
+    axis.invert_xaxis()
+    return _drawn(figure)
+
+
+def _draw_excess(axis: Any, evidence: ClassificationEvidence, names: list[str]) -> None:
+    """Draws how much larger the error of each class is than that of the best, by noise level."""
+    best = evidence.labels[0]
+    for name, errors in zip(names, evidence.errors):
+        if name != best:
+            excess = (errors - evidence.errors[names.index(best)]).numpy()
+            axis.plot(evidence.sigmas.numpy(), excess, marker=".", label=f"{name} less {best}")
+    axis.axhline(0, color="0.7", linewidth=0.8)
+    axis.set(xscale="log", xlabel="σ", title="error of the other class less that of the best")
+    axis.legend(fontsize=8)
 
 
 def reliability_diagram(probabilities: torch.Tensor, labels: torch.Tensor, num_bins: int = 10) -> Image.Image:

@@ -13,7 +13,7 @@ import yaml
 
 @dataclass
 class Repository:
-    """A model repository; every commit is a whole tree, its files by path."""
+    """A repository; every commit is a whole tree, its files by path."""
 
     private: bool
     commits: list[dict[str, bytes]] = field(default_factory=lambda: [{".gitattributes": b"lfs\n"}])
@@ -53,7 +53,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.token, self.user = token, user
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.repositories: dict[str, Repository] = {}
+        self.repositories: dict[str, Repository] = {}  # Spaces as "spaces/USER/NAME"
         self.storage: dict[str, bytes] = {}
         self.requests: list[str] = []  # "METHOD /path"
         # Part of a path → status to answer with, or 0 to drop the connection.
@@ -101,10 +101,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.create(json.loads(body), authorization)
         if path == "/api/validate-yaml":
             return self.check_card(json.loads(body))
-        if words[0] == "api" and words[1] != "models":  # what the library asks for by the way
+        if words[0] == "api" and words[1] not in ("models", "spaces"):  # what is asked for by the way
             return self.refuse(404, "Not found")
         if words[0] == "api":
             repo_id, action, rest = "/".join(words[2:4]), words[4:5], words[5:]
+            repo_id = f"spaces/{repo_id}" if words[1] == "spaces" else repo_id
         else:
             repo_id, action, rest = "/".join(words[:2]).removesuffix(".git"), words[2:3], words[3:]
         repository = self.server.repositories.get(repo_id)
@@ -118,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
         if action in ([], ["revision"]):
             siblings = [{"rfilename": name} for name in repository.files]
             about = {
-                "id": repo_id,
+                "id": repo_id.removeprefix("spaces/"),
                 "private": repository.private,
                 "sha": repository.sha,
                 "siblings": siblings,
@@ -144,6 +145,9 @@ class Handler(BaseHTTPRequestHandler):
         if owner != self.server.user:
             return self.refuse(403, f"You don't have the rights to create a model under {owner}")
         repo_id = f"{owner}/{data['name']}"
+        if data.get("type") == "space":
+            assert data["sdk"] == "gradio", data
+            repo_id = f"spaces/{repo_id}"
         url = {"url": f"{self.server.url}/{repo_id}"}
         if repo_id in self.server.repositories:
             return self.respond({**url, "error": "You already created this model repo"}, 409)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
 from conftest import TINY
@@ -15,6 +16,7 @@ from test_evaluation import Pixels
 import train_pet
 from pet_pipeline import PetDiffusionPipeline
 from pet_pipeline.__main__ import main
+from pet_pipeline.app import serve
 from pet_pipeline.metrics import FEATURE_EXTRACTORS
 
 
@@ -75,6 +77,15 @@ def data_folder(image_folder, tmp_path):
 def test_commands(readme_folder, data_folder, monkeypatch, capsys):
     pushed = []
     monkeypatch.setattr("pet_pipeline.hub.push_folder", lambda folder, *args, **kwargs: pushed.append(folder))
+    monkeypatch.setattr("pet_pipeline.hub.push_space", lambda name, *args: pushed.append(f"spaces/{name}"))
+    pages = []
+
+    def launch(*args, **kwargs) -> None:
+        """Serves a page and looks at it once, instead of serving it until Ctrl-C."""
+        with serve(*args, **kwargs) as url:
+            pages.append(httpx.get(url).text)
+
+    monkeypatch.setattr("pet_pipeline.app.launch", launch)
     monkeypatch.setattr(train_pet, "push_folder", lambda folder, *args, **kwargs: pushed.append(str(folder)))
     monkeypatch.setattr(train_pet, "create_repository", lambda name, *args: SimpleNamespace(id=name))
     monkeypatch.setitem(FEATURE_EXTRACTORS, "efficientnet", Pixels)
@@ -118,4 +129,5 @@ def test_commands(readme_folder, data_folder, monkeypatch, capsys):
             raise AssertionError(f"README has a command that no test runs: {words}")
     for path in ("stronger/strip.png", "why.png", "traffic/evaluation.json", "evaluation/reliability.png"):
         assert Path(path).exists(), path
-    assert len(trained) == 6 and pushed == ["out", "pets"]
+    assert len(trained) == 6 and pushed == ["out", "pets", "out", "spaces/user/pets"]
+    assert len(pages) == 2 and all("pet_pipeline" in page for page in pages)

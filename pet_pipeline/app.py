@@ -1,0 +1,768 @@
+"""The web page of `pet-pipeline app`: make images, compare settings, tell classes apart, look for copies.
+
+Images travel inside the page, as data URLs; on disk is only what a browser uploads, until it has been read.
+"""
+
+import base64
+import html
+import io
+import os
+import queue
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from .image_metadata import save_image, weights_digest
+from .pipeline_pet_classification import PetClassificationPipeline
+from .pipeline_pet_diffusion import GUIDANCE_SCHEDULES, PetDiffusionPipeline, guidance_weight
+from .schedulers import SCHEDULERS, scheduler_by_name
+from .visualization import (
+    DenoisingRecorder,
+    class_names,
+    error_figure,
+    evidence_map,
+    guidance_figure,
+    image_generators,
+)
+
+
+if TYPE_CHECKING:
+    from .evaluation import Reference
+
+# What one request may ask for, and how many may wait.
+MAX_IMAGES = 16
+MAX_STEPS = 100
+MAX_EVALUATIONS = 256
+MAX_SEED = 2**32 - 1
+MAX_QUEUE = 16
+MAX_UPLOAD_BYTES = 5 * 2**20
+MAX_UPLOAD_PIXELS = 2**24
+UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+COMPARED_STEPS = (5, 10, 20, 40)
+NUM_EXAMPLES = 8
+NUM_NEIGHBORS = 4
+
+# Choices that stand for `None`.
+NO_CLASS = "no class"
+AS_SAVED = "as saved"
+
+CSS = """
+.pet-row { display: flex; flex-wrap: wrap; gap: 6px; margin: 4px 0 14px; }
+.pet-row img { width: 96px; height: 96px; }
+.pet-row img, .pet-pixels { image-rendering: pixelated; border-radius: 3px; }
+.pet-row img, .pet-row figure, .pet-wide img, .pet-figures figure, .pet-figures img { margin: 0; }
+.pet-row a, .pet-row button { padding: 0; background: none; line-height: 0; }
+.pet-row a:focus-visible, .pet-row button:focus-visible { outline: 3px solid var(--color-accent); }
+.pet-row figure { text-align: center; font-size: var(--text-sm); }
+.pet-small img { width: 64px; height: 64px; }
+.pet-columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(276px, 1fr)); gap: 8px 24px; }
+.pet-columns .pet-row img { width: 64px; height: 64px; }
+.pet-wide { overflow-x: auto; }
+.pet-wide img { max-width: none; }
+.pet-figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 16px; }
+.pet-figures img { width: 100%; max-width: 480px; }
+.pet-figures .pet-pixels { max-width: 320px; }
+@media (max-width: 500px) {
+  .pet-row img { width: 70px; height: 70px; }
+  .pet-small img { width: 48px; height: 48px; }
+}
+"""
+# The component itself gets no role from Gradio, and no buttons inside it.
+ANNOUNCED = "element.setAttribute('role', 'status')"
+CHOOSING = """
+element.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button) trigger("select", { index: Number(button.dataset.index) });
+});
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What steers a sampling.
+
+    Args:
+        steps (`int`, defaults to 18): denoising steps.
+        guidance_scale (`float`, defaults to 1.5), guidance_schedule (`str`, defaults to `"adaptive"`): see
+            [`guidance_weight`].
+        negative_class (`str`, *optional*): class to steer away from, instead of from no class.
+        scheduler (`str`, *optional*): see [`scheduler_by_name`].
+    """
+
+    steps: int = 18
+    guidance_scale: float = 1.5
+    guidance_schedule: str = "adaptive"
+    negative_class: str | None = None
+    scheduler: str | None = None
+
+    @classmethod
+    def from_inputs(
+        cls, steps: float, guidance_scale: float, guidance_schedule: str, negative_class: str, scheduler: str
+    ) -> "Settings":
+        """Returns the settings that the values of [`settings_inputs`] stand for.
+
+        Raises:
+            ValueError: if they are out of range.
+        """
+        if not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"The number of steps has to be from 1 to {MAX_STEPS}, but is {steps:g}.")
+        return cls(
+            int(steps),
+            guidance_scale,
+            guidance_schedule,
+            None if negative_class == NO_CLASS else negative_class,
+            None if scheduler == AS_SAVED else scheduler,
+        )
+
+    def __str__(self) -> str:
+        parts = [f"{self.steps} steps", f"guidance {self.guidance_scale:g} ({self.guidance_schedule})"]
+        if self.negative_class is not None:
+            parts.append(f"away from {self.negative_class}")
+        if self.scheduler is not None:
+            parts.append(self.scheduler)
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images of a sampling, or what the model makes of them at one of its steps.
+
+    Args:
+        rows (`dict[str, list[Image.Image]]`): the images of each class.
+        seed (`int`): of the first image of each class; the following ones count up.
+        settings ([`Settings`]): what made them.
+        step (`int`), num_steps (`int`): how far the sampling is.
+        seconds (`float`, defaults to 0.0): how long it took.
+        evaluations (`int`, defaults to 0): evaluations of the model for each image.
+        strip (`Image.Image`, *optional*): how the first image of each class came to be.
+    """
+
+    rows: dict[str, list[Image.Image]]
+    seed: int
+    settings: Settings
+    step: int
+    num_steps: int
+    seconds: float = 0.0
+    evaluations: int = 0
+    strip: Image.Image | None = None
+
+
+class Cancelled(Exception):
+    """Raised in work that nobody waits for any more."""
+
+
+def stream(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
+    """Runs work in a thread, and yields what it reports and at last what it returns.
+
+    If the iterator is closed before, the next report raises [`Cancelled`] in the work, which ends it. Python
+    waits for this thread when it exits, and not for those of Gradio.
+
+    Args:
+        work (callable): is given the function `report`, to be called with anything.
+    """
+    reports: queue.SimpleQueue = queue.SimpleQueue()
+    cancelled, end = threading.Event(), object()
+
+    def report(item: Any) -> None:
+        if cancelled.is_set():
+            raise Cancelled
+        reports.put(item)
+
+    with ThreadPoolExecutor(1) as executor:
+        try:
+            future = executor.submit(work, report)
+            future.add_done_callback(lambda _: reports.put(end))
+            yield from iter(reports.get, end)
+            yield future.result()
+        finally:
+            cancelled.set()
+
+
+# Sampling
+
+
+def guidance_weights(scheduler: Any, settings: Settings) -> tuple[list[float], list[float]]:
+    """Returns the noise level σ of each step of a sampling, and the strength of its guidance."""
+    scheduler.set_timesteps(settings.steps)
+    num_steps = len(scheduler.timesteps)
+    sigmas = scheduler.sigmas[:num_steps].tolist()
+    weights = [
+        guidance_weight(
+            sigma, settings.guidance_scale, settings.guidance_schedule, progress=index / num_steps
+        )
+        for index, sigma in enumerate(sigmas)
+    ]
+    return sigmas, weights
+
+
+def num_evaluations(weights: list[float]) -> int:
+    """Returns how often the model is evaluated for an image: a guided step needs it twice."""
+    return sum(1 if weight == 1 else 2 for weight in weights)
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises `ValueError` if a seed is missing or out of range."""
+    if seed is None or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"The seed has to be from 0 to {MAX_SEED}, but is {seed}.")
+
+
+def sample(
+    pipeline: PetDiffusionPipeline,
+    names: list[str],
+    number: int,
+    seed: int,
+    settings: Settings,
+    report: Callable[[Samples], None] = lambda samples: None,
+) -> Samples:
+    """Makes images, the same as `pet-pipeline generate` makes of these settings.
+
+    Args:
+        pipeline ([`PetDiffusionPipeline`]): gives the weights; it is not changed.
+        names (`list[str]`): the classes.
+        number (`int`): images of each class, which start from the same noise.
+        seed (`int`): of the first image of each class; the following ones count up.
+        settings ([`Settings`]): what steers.
+        report (callable, *optional*): called after each step.
+
+    Raises:
+        ValueError: if more is asked for than one request may, or something that is not there.
+    """
+    if not names:
+        raise ValueError("Choose at least one class.")
+    if not 1 <= number * len(names) <= MAX_IMAGES:
+        raise ValueError(
+            f"{number} images of {len(names)} classes are {number * len(names)}; this page makes from 1 to "
+            f"{MAX_IMAGES} at once."
+        )
+    check_seed(seed)
+    began = time.perf_counter()
+    # Requests share the weights, but a scheduler keeps the state of a sampling.
+    scheduler = scheduler_by_name(settings.scheduler, pipeline.scheduler)
+    _, weights = guidance_weights(scheduler, settings)
+    pipe = PetDiffusionPipeline(pipeline.transformer, scheduler, id2label=pipeline.id2label)
+    pipe.set_progress_bar_config(disable=True)
+    config = pipe.transformer.config
+    generators = [generator for _ in names for generator in image_generators(number, seed)]
+    shape = (len(generators), config.in_channels, config.sample_size, config.sample_size)
+    noise = randn_tensor(shape, generator=generators)
+    recorder = DenoisingRecorder(noise)
+
+    def samples(images: list[Image.Image], **kwargs: Any) -> Samples:
+        rows = {name: images[row * number : (row + 1) * number] for row, name in enumerate(names)}
+        return Samples(rows, seed, settings, len(recorder.sigmas), len(weights), **kwargs)
+
+    def keep(pipe: PetDiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        recorder(pipe, step, timestep, tensors)
+        report(samples(pipe.image_processor.postprocess(recorder.denoised[-1], output_type="pil")))
+        return {}
+
+    images = pipe(
+        names,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        guidance_schedule=settings.guidance_schedule,
+        negative_class_labels=settings.negative_class,
+        num_images_per_prompt=number,
+        generator=generators,
+        latents=noise,
+        callback_on_step_end=keep,
+        callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
+    ).images
+    return samples(
+        images,
+        seconds=time.perf_counter() - began,
+        evaluations=num_evaluations(weights),
+        strip=recorder.strip(pipe, range(0, len(images), number), names, scale=1),
+    )
+
+
+# Classification
+
+
+def read_upload(path: Path) -> Image.Image:
+    """Reads an uploaded image of a common format and a reasonable size, and removes the file.
+
+    Raises:
+        ValueError: if it is something else; the message does not tell where the file was.
+    """
+    try:
+        with Image.open(path, formats=UPLOAD_FORMATS) as image:
+            if image.width * image.height > MAX_UPLOAD_PIXELS:
+                raise ValueError(
+                    f"{path.name!r} has {image.width}×{image.height} pixels; this page takes images of up to "
+                    f"{MAX_UPLOAD_PIXELS // 10**6} million pixels."
+                )
+            try:
+                image.load()
+            except (OSError, SyntaxError, ValueError) as error:
+                raise ValueError(f"{path.name!r} cannot be read as an image: {error}") from None
+            return image
+    except (Image.UnidentifiedImageError, Image.DecompressionBombError):
+        raise ValueError(f"{path.name!r} is not an image in {', '.join(UPLOAD_FORMATS)} format.") from None
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def example_images(
+    pipeline: PetDiffusionPipeline, reference: "Reference | None" = None
+) -> list[tuple[Image.Image, str]]:
+    """Returns images to try the classifier on, with captions: unseen ones, or else ones of the model."""
+    names = class_names(pipeline)
+    if reference is None:
+        number = max(1, NUM_EXAMPLES // len(names))
+        drawn = sample(pipeline, names[:NUM_EXAMPLES], number, 0, Settings()).rows
+        return [(image, f"drawn as {name}") for name, row in drawn.items() for image in row]
+    from .evaluation import balanced_subset
+
+    unseen = balanced_subset(reference.validation, NUM_EXAMPLES)
+    return [
+        (array_image(image), f"unseen {names[label]}") for image, label in zip(unseen.images, unseen.labels)
+    ]
+
+
+def array_image(image: torch.Tensor) -> Image.Image:
+    """Returns a uint8 tensor `(3, height, width)` as an image."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+# HTML
+
+
+def data_url(image: Image.Image, settings: dict[str, Any] | None = None) -> str:
+    """Returns an image as a PNG in a data URL, which keeps `settings` if there are any."""
+    buffer = io.BytesIO()
+    if settings is None:
+        image.save(buffer, format="PNG")
+    else:
+        save_image(image, buffer, settings)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def image_tag(image: Image.Image, text: str, css_class: str = "") -> str:
+    """Returns an image for the page; `text` describes it to those who do not see it."""
+    return f'<img src="{data_url(image)}" alt="{html.escape(text)}" class="{css_class}">'
+
+
+def figures_html(figures: dict[str, str]) -> str:
+    """Returns figures by their captions."""
+    return "".join(
+        f"<figure>{tag}<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for caption, tag in figures.items()
+    )
+
+
+def examples_html(examples: list[tuple[Image.Image, str]]) -> str:
+    """Returns a button for each captioned image."""
+    buttons = [
+        f'<button type="button" data-index="{index}" title="{html.escape(caption)}">'
+        f"{image_tag(image, f'Example {index + 1}, {caption}')}</button>"
+        for index, (image, caption) in enumerate(examples)
+    ]
+    return f'Or one of these:<div class="pet-row pet-small">{"".join(buttons)}</div>'
+
+
+def model_settings(pipeline: PetDiffusionPipeline) -> dict[str, str]:
+    """Returns what an image keeps of the model that made it."""
+    return {
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "weights": weights_digest(pipeline.transformer),
+    }
+
+
+def samples_html(samples: Samples, model: dict[str, str] | None = None) -> str:
+    """Lays samples out, a row for each class.
+
+    Args:
+        samples ([`Samples`]): the images.
+        model (`dict[str, str]`, *optional*): see [`model_settings`]. With it, each image can be downloaded,
+            and keeps its settings.
+    """
+    parts = []
+    for name, row in samples.rows.items():
+        parts.append(f'<h3>{html.escape(name)}</h3><div class="pet-row">')
+        for seed, image in enumerate(row, samples.seed):
+            tag = image_tag(image, f"{name}, seed {seed}")
+            if model is not None:
+                kept = {
+                    "class": name,
+                    "seed": seed,
+                    "steps": samples.settings.steps,
+                    "guidance_scale": samples.settings.guidance_scale,
+                    "guidance_schedule": samples.settings.guidance_schedule,
+                    "negative_class": samples.settings.negative_class,
+                    "scheduler": samples.settings.scheduler,
+                    **model,
+                }
+                file_name = html.escape(f"{name}-{seed}.png")
+                tag = (
+                    f'<a href="{data_url(image, kept)}" download="{file_name}" '
+                    f'aria-label="Download {file_name}">{tag}</a>'
+                )
+            parts.append(tag)
+        parts.append("</div>")
+    return "".join(parts)
+
+
+def neighbors_html(samples: Samples, training_images: torch.Tensor) -> str:
+    """Shows the training images closest to each sample.
+
+    Args:
+        samples ([`Samples`]): the images.
+        training_images (`torch.Tensor` of shape `(M, 3, height, width)`, uint8): the images it is trained on.
+    """
+    from .data import image_to_tensor, to_model_range
+    from .metrics import nearest_neighbors, pixel_distances
+
+    images = [image for row in samples.rows.values() for image in row]
+    labels = [
+        f"{name}, seed {samples.seed + index}"
+        for name, row in samples.rows.items()
+        for index in range(len(row))
+    ]
+    pixels = to_model_range(
+        torch.stack([image_to_tensor(image, training_images.shape[-1]) for image in images])
+    )
+    known = to_model_range(training_images)
+    copies = nearest_neighbors(pixels, known).memorization_ratio() * len(images)
+    closest = pixel_distances(pixels, known).topk(min(NUM_NEIGHBORS, len(known)), largest=False)
+    parts = [
+        f"<p>{len(known):,} training images were searched, and their mirror images. Below each is its "
+        "root-mean-square distance, with pixels from -1 to 1. "
+        f"{copies:.0f} of the {len(images)} samples count as copies: three times closer to the first than to "
+        "the next that is another image.</p>"
+    ]
+    for label, image, distances, rows in zip(labels, images, closest.values.tolist(), closest.indices):
+        figures = {"sample": image_tag(image, label)}
+        for number, (distance, row) in enumerate(zip(distances, rows), 1):
+            text = f"training image {number} closest to {label}"
+            figures[f"{number}: {distance:.2f}"] = image_tag(array_image(training_images[row]), text)
+        parts.append(f'{html.escape(label)}<div class="pet-row pet-small">{figures_html(figures)}</div>')
+    return "".join(parts)
+
+
+# The page
+
+
+@contextmanager
+def shown_errors() -> Iterator[None]:
+    """Shows what was wrong with a request in the page, and nothing of it in the log."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(html.escape(str(error)), print_exception=False) from None
+
+
+def settings_inputs(names: list[str], settings: Settings) -> list[gr.components.Component]:
+    """Creates the inputs of [`Settings.from_inputs`]."""
+    return [
+        gr.Slider(1, MAX_STEPS, settings.steps, step=1, label="Steps"),
+        gr.Slider(0, 8, settings.guidance_scale, step=0.1, label="Guidance scale", info="1 is no guidance"),
+        gr.Dropdown(list(GUIDANCE_SCHEDULES), value=settings.guidance_schedule, label="Guidance schedule"),
+        gr.Dropdown([NO_CLASS, *names], value=NO_CLASS, label="Negative class", info="to steer away from"),
+        gr.Dropdown([AS_SAVED, *SCHEDULERS], value=AS_SAVED, label="Scheduler"),
+    ]
+
+
+def request_inputs(names: list[str]) -> list[gr.components.Component]:
+    """Creates the inputs for classes, number of images, seed, and whether the seed is drawn."""
+    return [
+        gr.CheckboxGroup(names, value=names[:2], label="Classes"),
+        gr.Slider(1, MAX_IMAGES // 2, 4, step=1, label="Images of each class"),
+        gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED),
+        gr.Checkbox(True, label="Draw a new seed each time"),
+    ]
+
+
+def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = None) -> gr.Blocks:
+    """Builds the page; [`serve`] serves it.
+
+    Args:
+        pipeline ([`PetDiffusionPipeline`]): the model.
+        reference ([`Reference`], *optional*): its training images, in which the closest to a sample are
+            looked for, and unseen ones, to classify.
+    """
+    names = class_names(pipeline)
+    model = model_settings(pipeline)
+    # It keeps no state of a call.
+    classifier = PetClassificationPipeline(
+        pipeline.transformer,
+        pipeline.scheduler,
+        id2label=pipeline.id2label,
+        calibration=pipeline.config.calibration,
+    )
+    classifier.set_progress_bar_config(disable=True)
+    examples = example_images(pipeline, reference)
+
+    def draw_guidance(*values: Any) -> str:
+        with shown_errors():
+            settings = Settings.from_inputs(*values)
+            sigmas, weights = guidance_weights(
+                scheduler_by_name(settings.scheduler, pipeline.scheduler), settings
+            )
+        text = f"Strength of the guidance at each step, from {min(weights):.3g} to {max(weights):.3g}"
+        caption = f"{num_evaluations(weights)} evaluations of the model for each image"
+        figures = figures_html({caption: image_tag(guidance_figure(sigmas, weights), text)})
+        return f'<div class="pet-figures">{figures}</div>'
+
+    def generate(chosen: list[str], number: int, seed: int, draw_seed: bool, *values: Any) -> Iterator[tuple]:
+        seed = random.randrange(2**31) if draw_seed else seed
+        with shown_errors():
+            settings = Settings.from_inputs(*values)
+            for samples in stream(partial(sample, pipeline, chosen, int(number), seed, settings)):
+                if samples.strip is None:
+                    heading = f"<p>Step {samples.step} of {samples.num_steps}</p>"
+                    # Said once, as later it would stand in place of "Cancelled".
+                    status = "Drawing …" if samples.step == 1 else gr.skip()
+                    yield status, heading + samples_html(samples), seed, gr.skip(), gr.skip()
+        count = sum(len(row) for row in samples.rows.values())
+        status = (
+            f"{count} images in {samples.seconds:.1f} s, {samples.evaluations} evaluations of the model for "
+            "each. Click an image to download it; the PNG keeps its settings."
+        )
+        text = "The first image of each class at every step, noisy and denoised; above them the noise level"
+        strip = f'<div class="pet-wide" tabindex="0">{image_tag(samples.strip, text)}</div>'
+        yield status, samples_html(samples, model), seed, strip, gr.skip()
+        if reference is not None:
+            (found,) = stream(lambda report: neighbors_html(samples, reference.train.images))
+            yield *[gr.skip()] * 4, found
+
+    def compare(
+        chosen: list[str], number: int, seed: int, draw_seed: bool, compared: dict[str, Settings]
+    ) -> Iterator[tuple]:
+        seed = random.randrange(2**31) if draw_seed else seed
+        finished, seconds = [], 0.0
+
+        def shown(section: str) -> str:
+            return f'<div class="pet-columns">{"".join(finished)}{section}</div>'
+
+        for title, settings in compared.items():
+            for samples in stream(partial(sample, pipeline, chosen, int(number), seed, settings)):
+                final = samples.strip is not None
+                about = f"{samples.evaluations} evaluations" if final else f"step {samples.step}"
+                section = (
+                    f"<section><h3>{html.escape(title)}</h3><p>{html.escape(str(settings))}; {about}</p>"
+                    f"{samples_html(samples, model if final else None)}</section>"
+                )
+                first = samples.step == 1 and not finished
+                yield "Drawing …" if first else gr.skip(), shown(section), seed
+            finished.append(section)
+            seconds += samples.seconds
+        yield f"The same seeds, from {seed} on, in {seconds:.1f} s.", shown(""), seed
+
+    def compare_two(
+        chosen: list[str], number: int, seed: int, draw_seed: bool, *values: Any
+    ) -> Iterator[tuple]:
+        half = len(values) // 2
+        with shown_errors():
+            pair = {"A": Settings.from_inputs(*values[:half]), "B": Settings.from_inputs(*values[half:])}
+            yield from compare(chosen, number, seed, draw_seed, pair)
+
+    def compare_steps(
+        chosen: list[str], number: int, seed: int, draw_seed: bool, *values: Any
+    ) -> Iterator[tuple]:
+        with shown_errors():
+            settings = Settings.from_inputs(*values[: len(values) // 2])
+            numbers = {f"{steps} steps": replace(settings, steps=steps) for steps in COMPARED_STEPS}
+            yield from compare(chosen, number, seed, draw_seed, numbers)
+
+    def take_upload(path: Path) -> tuple:
+        with shown_errors():
+            # The model's own size is all that is kept of it.
+            pixels = classifier.prepare_image(read_upload(path), path.name)
+        return classifier_image(pixels), None
+
+    def classifier_image(pixels: torch.Tensor) -> Image.Image:
+        return array_image((pixels * 127.5 + 127.5).round().byte())
+
+    def take_example(event: gr.EventData) -> Image.Image:
+        return examples[event.index][0]
+
+    def classify(image: Image.Image | None, num_evaluations: float, seed: int) -> tuple:
+        with shown_errors():
+            if image is None:
+                raise ValueError("Drop an image first, or choose one of the examples.")
+            if not 2 <= num_evaluations <= MAX_EVALUATIONS:
+                raise ValueError(f"Evaluations for each class have to be from 2 to {MAX_EVALUATIONS}.")
+            check_seed(seed)
+            began = time.perf_counter()
+            (output,) = stream(
+                lambda report: classifier(
+                    image,
+                    num_evaluations=int(num_evaluations),
+                    generator=torch.Generator().manual_seed(seed),
+                    return_evidence=True,
+                )
+            )
+            seconds = time.perf_counter() - began
+        (label,), (evidence,) = output.labels, output.evidence
+        best, second = evidence.labels
+        status = (
+            f"{html.escape(label)}: {output.probabilities[0][label]:.1%}, after {output.num_evaluations[0]} "
+            f"evaluations of the model in {seconds:.1f} s."
+        )
+        pictures = {
+            "What the model sees": image_tag(image, "The image as the model sees it", "pet-pixels"),
+            f"Red speaks for {best}, blue for {second}": image_tag(
+                evidence_map(evidence), f"Where the image speaks for {best} or {second}", "pet-pixels"
+            ),
+            "The smaller the error of its denoiser, the better a class explains the image": image_tag(
+                error_figure(evidence, names), "Errors of each class by noise level"
+            ),
+        }
+        return status, output.probabilities[0], f'<div class="pet-figures">{figures_html(pictures)}</div>'
+
+    model_events: dict[str, Any] = {
+        "concurrency_id": "model",
+        "concurrency_limit": 1,
+        "api_visibility": "private",
+    }
+    light_events: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    with gr.Blocks(title="pet_pipeline", analytics_enabled=False, delete_cache=(60, 600)) as page:
+        size = pipeline.transformer.config.sample_size
+        gr.Markdown(f"# pet_pipeline\nImages of {size}×{size} pixels by diffusion: {', '.join(names)}.")
+        with gr.Tab("Generate"), gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                request = request_inputs(names)
+                settings = settings_inputs(names, Settings())
+                curve = gr.HTML(draw_guidance(*(item.value for item in settings)), label="Guidance")
+                with gr.Row():
+                    start, cancel = gr.Button("Generate", variant="primary"), gr.Button("Cancel")
+            with gr.Column(scale=3, min_width=300):
+                status = gr.HTML(js_on_load=ANNOUNCED)
+                grid = gr.HTML()
+                strip = gr.HTML()
+                with gr.Accordion("Closest training images", visible=reference is not None):
+                    neighbors = gr.HTML("Generate images first.")
+        outputs = [status, grid, request[2], strip, neighbors]
+        event = start.click(generate, [*request, *settings], outputs, show_progress_on=status, **model_events)
+        cancel.click(lambda: "Cancelled.", None, status, cancels=event, **light_events)
+        for item in settings:
+            item.change(draw_guidance, settings, curve, trigger_mode="always_last", **light_events)
+
+        with gr.Tab("Compare"):
+            with gr.Row():
+                with gr.Column(min_width=250):
+                    gr.Markdown("### Both")
+                    request = request_inputs(names)
+                with gr.Column(min_width=250):
+                    gr.Markdown("### A")
+                    first = settings_inputs(names, Settings(guidance_scale=1.0))
+                with gr.Column(min_width=250):
+                    gr.Markdown("### B")
+                    second = settings_inputs(names, Settings(guidance_scale=3.0))
+            with gr.Row():
+                two = gr.Button("Compare A and B", variant="primary")
+                steps = gr.Button("Compare 5, 10, 20 and 40 steps of A")
+                cancel = gr.Button("Cancel")
+            status, grid = gr.HTML(js_on_load=ANNOUNCED), gr.HTML()
+        events = [
+            button.click(
+                function,
+                [*request, *first, *second],
+                [status, grid, request[2]],
+                show_progress_on=status,
+                **model_events,
+            )
+            for button, function in ((two, compare_two), (steps, compare_steps))
+        ]
+        cancel.click(lambda: "Cancelled.", None, status, cancels=events, **light_events)
+
+        with gr.Tab("Classify"), gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                upload = gr.File(label="Image to classify", file_types=["image"], height=140)
+                # Only its path goes to the function, which has to remove it; Gradio's own way leaves a file.
+                upload.preprocess = lambda file: Path(file.path)
+                choices = gr.HTML(examples_html(examples), js_on_load=CHOOSING)
+                effort = gr.Slider(
+                    2, MAX_EVALUATIONS, 32, step=2, label="Evaluations for each class", info="at most"
+                )
+                seed = gr.Number(0, label="Seed of the noise", precision=0, minimum=0, maximum=MAX_SEED)
+                again = gr.Button("Classify again")
+            with gr.Column(scale=3, min_width=300):
+                status = gr.HTML(js_on_load=ANNOUNCED)
+                shares = gr.Label(label="Probabilities")
+                why = gr.HTML()
+        image = gr.State(time_to_live=600)
+        inputs, outputs = [image, effort, seed], [status, shares, why]
+        taken = [
+            # Not a light event: of those, Gradio does not show the errors.
+            upload.upload(take_upload, upload, [image, upload], api_visibility="private"),
+            choices.select(take_example, None, image, **light_events),
+        ]
+        for choice in taken:
+            choice.success(classify, inputs, outputs, show_progress_on=status, **model_events)
+        again.click(classify, inputs, outputs, show_progress_on=status, **model_events)
+    return page.queue(max_size=MAX_QUEUE, api_open=False)
+
+
+@contextmanager
+def serve(
+    pipeline: PetDiffusionPipeline,
+    reference: "Reference | None" = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    share: bool = False,
+) -> Iterator[str]:
+    """Serves the page while the context is open, and gives its address; then nothing of it is left on disk.
+
+    Args:
+        pipeline ([`PetDiffusionPipeline`]), reference ([`Reference`], *optional*): see [`build_app`].
+        host (`str`, defaults to `"127.0.0.1"`): address to listen on; `"0.0.0.0"` is reached from elsewhere.
+        port (`int`, *optional*): the first free one from 7860 on if not given.
+        share (`bool`, defaults to `False`): ask Gradio for a public address, through its servers.
+
+    Raises:
+        OSError: if the port is taken.
+    """
+    with TemporaryDirectory(prefix="pet-pipeline-") as folder:
+        before = os.environ.get("GRADIO_TEMP_DIR")
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        page = build_app(pipeline, reference)
+        try:
+            _, url, _ = page.launch(
+                server_name=host,
+                server_port=port,
+                share=share,
+                max_file_size=MAX_UPLOAD_BYTES,
+                theme=gr.themes.Default(
+                    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+                ),
+                css=CSS,
+                footer_links=[],
+                run_history=False,
+                enable_monitoring=False,
+                ssr_mode=False,
+                inbrowser=False,
+                prevent_thread_lock=True,
+                quiet=True,
+            )
+            yield url
+        finally:
+            page.close(verbose=False)
+            if before is None:
+                del os.environ["GRADIO_TEMP_DIR"]
+            else:
+                os.environ["GRADIO_TEMP_DIR"] = before
+
+
+def launch(*args: Any, **kwargs: Any) -> None:
+    """Serves the page until the process is interrupted or terminated; see [`serve`]."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the folder of uploads would stay
+    with serve(*args, **kwargs) as url:
+        print(f"The page is at {url} (Ctrl-C ends it).", flush=True)
+        threading.Event().wait()

@@ -1,0 +1,102 @@
+"""Takes README's pictures of the web page, and measures the time from a click to the images.
+
+python tests/benchmarks/screenshot_app.py --reference uoft-cs/cifar10
+"""
+
+import argparse
+import io
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from pet_pipeline.__main__ import load_pipeline
+from pet_pipeline.app import serve
+from pet_pipeline.evaluation import load_reference
+from pet_pipeline.visualization import class_names
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from browser import chromium  # noqa: E402
+
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+OUT = Path(__file__).parent
+
+
+def save_screenshot(page: "Page", name: str) -> None:
+    """Saves the page with 256 colours, which keeps the file small."""
+    page.mouse.move(0, 0)
+    page.evaluate("document.activeElement.blur()")
+    page.wait_for_timeout(500)
+    with Image.open(io.BytesIO(page.screenshot())) as picture:
+        palette = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    palette.save(OUT / f"{name}.png", optimize=True)
+
+
+def set_number(page: "Page", label: str, value: int) -> None:
+    field = page.get_by_label(label, exact=True).locator("visible=true")
+    field.fill(str(value))
+    field.press("Tab")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="saved pipeline; the model of the package if not given")
+    parser.add_argument("--reference", required=True, help="the data set it was trained on")
+    parser.add_argument("--cache_dir", help="cache of `datasets`")
+    args = parser.parse_args()
+    pipeline = load_pipeline(args.model)
+    resolution = pipeline.transformer.config.sample_size
+    names = class_names(pipeline)
+    reference = load_reference(args.reference, names, resolution, cache_dir=args.cache_dir)
+    with serve(pipeline, reference) as url, chromium() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 1150})
+        page.goto(url)
+        generate = page.get_by_role("button", name="Generate")
+        generate.wait_for()
+        page.get_by_label("Draw a new seed each time").uncheck()
+        seconds = []
+        for seed in range(7, -1, -1):
+            set_number(page, "Seed", seed)
+            began = time.perf_counter()
+            generate.click()
+            page.get_by_role("link", name=f"Download {names[0]}-{seed}.png").wait_for()
+            seconds.append(time.perf_counter() - began)
+            neighbor = f"training image 1 closest to {names[0]}, seed {seed}"
+            page.get_by_role("img", name=neighbor, exact=True).wait_for()
+        count = page.get_by_role("link", name="Download").count()
+        print(
+            f"{statistics.median(seconds):.1f} s from the click to {count} images, median of {len(seconds)}"
+        )
+        save_screenshot(page, "app-generate")
+
+        page.get_by_role("tab", name="Compare").click()
+        page.get_by_label("Draw a new seed each time").locator("visible=true").uncheck()
+        page.get_by_role("button", name="Compare 5, 10, 20 and 40 steps").click()
+        page.get_by_text(re.compile("The same seeds")).wait_for()
+        save_screenshot(page, "app-compare")
+
+        page.get_by_role("tab", name="Classify").click()
+        page.get_by_role("button", name="Example 3").click()
+        page.get_by_role("img", name="Errors of each class").wait_for()
+        save_screenshot(page, "app-classify")
+
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.goto(url)
+        page.get_by_role("button", name="Generate").click()
+        page.get_by_role("link", name="Download").first.wait_for()
+        page.get_by_role("button", name="Generate").evaluate("button => button.scrollIntoView()")
+        save_screenshot(page, "app-phone")
+    for path in sorted(OUT.glob("app-*.png")):
+        print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,544 @@
+"""The web page: its functions, and the page itself in a browser."""
+
+import base64
+import io
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from browser import chromium
+from conftest import random_model
+from PIL import Image
+
+from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
+from pet_pipeline.__main__ import main
+from pet_pipeline.evaluation import load_reference
+from pet_pipeline.image_metadata import image_settings
+from pet_pipeline.pipeline_pet_diffusion import GUIDANCE_SCHEDULES
+from pet_pipeline.schedulers import SCHEDULERS
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
+
+gradio = pytest.importorskip("gradio", reason="Gradio is not installed")
+app = pytest.importorskip("pet_pipeline.app")
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    image = image.convert("RGB")
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*image.size, 3).int()
+
+
+def decoded(url: str) -> bytes:
+    assert url.startswith("data:image/png;base64,")
+    return base64.b64decode(url.partition(",")[2])
+
+
+# Sampling
+
+
+def test_a_downloaded_image_can_be_made_again(pipeline, tmp_path):
+    # With churn, which draws from the generators after the starting noise.
+    pipeline.scheduler = AdaptiveEDMScheduler(solver="euler", s_churn=10.0)
+    pipeline.save_pretrained(tmp_path / "model")
+    settings = app.Settings(4, 2.5, "constant", negative_class="dog")
+    samples = app.sample(pipeline, ["cat"], 3, 5, settings)
+    links = re.findall(
+        r'href="([^"]*)" download="([^"]*)"', app.samples_html(samples, app.model_settings(pipeline))
+    )
+    assert [name for _, name in links] == ["cat-5.png", "cat-6.png", "cat-7.png"]
+    (tmp_path / "cat-6.png").write_bytes(decoded(links[1][0]))
+    words = ["generate", "--model", str(tmp_path / "model"), "--like", str(tmp_path / "cat-6.png")]
+    assert main([*words, "--out", str(tmp_path / "again")]) == 0
+    with Image.open(tmp_path / "again" / "cat-6.png") as again:
+        assert (pixels(samples.rows["cat"][1]) - pixels(again)).abs().max() <= 1
+    assert image_settings(tmp_path / "cat-6.png") == image_settings(tmp_path / "again" / "cat-6.png")
+
+
+@pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
+def test_evaluations_are_counted_as_the_model_sees_them(pipeline, scheduler):
+    seen = []
+    pipeline.transformer.register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
+    for schedule in GUIDANCE_SCHEDULES:
+        seen.clear()
+        settings = app.Settings(6, 2.0, schedule, scheduler=scheduler)
+        assert sum(seen) == 0
+        samples = app.sample(pipeline, ["cat", "dog"], 2, 0, settings)
+        assert samples.evaluations * 4 == sum(seen)
+        assert samples.step == samples.num_steps
+
+
+def test_each_step_is_reported_and_the_last_one_is_the_image(pipeline):
+    reports = []
+    samples = app.sample(pipeline, ["dog", "cat"], 2, 3, app.Settings(5), reports.append)
+    assert [report.step for report in reports] == [1, 2, 3, 4, 5]
+    assert list(samples.rows) == ["dog", "cat"] and len(samples.rows["cat"]) == 2
+    for name, row in samples.rows.items():
+        for image, denoised in zip(row, reports[-1].rows[name]):
+            assert (pixels(image) - pixels(denoised)).abs().max() <= 1
+    assert samples.strip.width > 5 * 8 and samples.strip.height > 4 * 8
+
+
+def test_requests_share_the_weights_and_nothing_else(pipeline):
+    before = dict(vars(pipeline.scheduler))
+    alone = app.sample(pipeline, ["cat"], 1, 0, app.Settings(6))
+    steps = app.stream(lambda report: app.sample(pipeline, ["cat"], 1, 0, app.Settings(6), report))
+    next(steps)
+    app.sample(pipeline, ["dog"], 1, 9, app.Settings(3, scheduler="heun"))  # in the middle of the other
+    *_, between = steps
+    assert between.rows["cat"][0].tobytes() == alone.rows["cat"][0].tobytes()
+    assert vars(pipeline.scheduler).keys() == before.keys()
+    assert pipeline.scheduler.config.solver == "multistep"
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (([], 1, 0), "Choose at least one class"),
+        ((["cat", "dog"], 9, 0), "9 images of 2 classes are 18; this page makes from 1 to 16"),
+        ((["cat"], 0, 0), "from 1 to 16"),
+        ((["cat"], 1, -1), "seed has to be from 0"),
+        ((["cat"], 1, None), "seed has to be from 0"),
+        ((["bird"], 1, 0), "no class 'bird'"),
+    ],
+)
+def test_what_is_out_of_bounds_is_refused(pipeline, request_, message):
+    with pytest.raises(ValueError, match=message):
+        app.sample(pipeline, *request_, app.Settings(1))
+
+
+def test_too_many_steps_are_refused():
+    for steps in (0, 101):
+        with pytest.raises(ValueError, match="steps has to be from 1 to 100"):
+            app.Settings.from_inputs(steps, 1.5, "adaptive", app.NO_CLASS, app.AS_SAVED)
+    settings = app.Settings.from_inputs(7, 1.5, "adaptive", app.NO_CLASS, app.AS_SAVED)
+    assert settings == app.Settings(7)
+
+
+def test_work_that_nobody_waits_for_ends():
+    steps = []
+
+    def work(report):
+        for step in range(1000):
+            report(step)
+            steps.append(step)
+            time.sleep(0.01)
+
+    running = app.stream(work)
+    assert [next(running), next(running)] == [0, 1]
+    running.close()  # waits for the work
+    count = len(steps)
+    assert count < 10
+    time.sleep(0.05)
+    assert len(steps) == count
+
+
+def test_work_gives_its_result_or_its_error():
+    assert list(app.stream(lambda report: [report(1), report(2), 3][-1])) == [1, 2, 3]
+    with pytest.raises(ValueError, match="wrong"):
+        list(app.stream(lambda report: int("x") if report(1) else (_ for _ in ()).throw(ValueError("wrong"))))
+
+
+# Uploads and HTML
+
+
+def image_bytes(image: Image.Image, format: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format)
+    return buffer.getvalue()
+
+
+def test_an_upload_is_read_and_removed(tmp_path):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(image_bytes(Image.new("RGB", (40, 30), "red"), "JPEG"))
+    image = app.read_upload(path)
+    assert image.size == (40, 30) and image.getpixel((0, 0))[0] > 200
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no image", "is not an image in JPEG, PNG"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image in JPEG, PNG"),
+        (image_bytes(Image.new("RGB", (4, 4)), "TIFF"), "is not an image in JPEG, PNG"),
+        (image_bytes(Image.effect_noise((64, 64), 50), "PNG")[:500], "cannot be read as an image"),
+        (image_bytes(Image.new("1", (5000, 5000)), "PNG"), "has 5000×5000 pixels"),
+        (image_bytes(Image.new("1", (20000, 20000)), "PNG"), "is not an image in|pixels"),
+    ],
+)
+def test_a_bad_upload_is_one_message_and_removed(tmp_path, content, message):
+    path = tmp_path / "photo.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error_info:
+        app.read_upload(path)
+    assert str(tmp_path) not in str(error_info.value) and "\n" not in str(error_info.value)
+    assert not path.exists()
+
+
+def test_names_are_no_markup(model):
+    name = '<b>"cat"'
+    pipeline = PetDiffusionPipeline(model, AdaptiveEDMScheduler(), id2label={0: name, 1: "dog"})
+    samples = app.sample(pipeline, [name], 1, 0, app.Settings(1))
+    for text in (app.samples_html(samples, {}), app.examples_html([(samples.rows[name][0], name)])):
+        assert "<b>" not in text and "&lt;b&gt;&quot;cat&quot;" in text
+
+
+def test_a_copy_of_a_training_image_is_told(pipeline):
+    samples = app.sample(pipeline, ["cat"], 2, 0, app.Settings(2))
+    known = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    assert "0 of the 2 samples count as copies" in app.neighbors_html(samples, known)
+    known[7] = pixels(samples.rows["cat"][1]).permute(2, 0, 1).flip(-1).byte()  # mirrored
+    text = app.neighbors_html(samples, known)
+    assert "1 of the 2 samples count as copies" in text and "1: 0.00" in text
+    assert decoded(re.findall(r'src="([^"]*)" alt="training image 1 closest to cat, seed 1"', text)[0])
+
+
+def test_the_command_tells_what_is_wrong(pipeline, tmp_path, capsys, monkeypatch):
+    pipeline.save_pretrained(tmp_path / "model")
+    with app.serve(pipeline) as url:
+        port = re.search(r":(\d+)/", url)[1]
+        assert main(["app", "--model", str(tmp_path / "model"), "--port", port]) == 1
+    error = capsys.readouterr().err
+    assert "port" in error and error.count("\n") == 1
+    monkeypatch.delitem(sys.modules, "pet_pipeline.app")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["app", "--model", str(tmp_path / "model")]) == 1
+    assert 'pip install "pet-pipeline[app]"' in capsys.readouterr().err
+
+
+# Without a browser
+
+
+def join_queue(url: str, name: str, values: list, session: str) -> httpx.Response:
+    """Asks for an event as the page does."""
+    dependencies = httpx.get(url + "config").json()["dependencies"]
+    (index,) = (item["id"] for item in dependencies if item["api_name"] == name)
+    request = {"data": values, "fn_index": index, "session_hash": session, "event_data": None}
+    return httpx.post(url + "gradio_api/queue/join", json=request)
+
+
+def test_only_so_many_wait(pipeline, monkeypatch):
+    monkeypatch.setattr(app, "MAX_QUEUE", 3)
+    pipeline.transformer.register_forward_hook(lambda module, args, output: time.sleep(0.05))
+    values = [["cat"], 1, 0, False, 100, 1.5, "adaptive", app.NO_CLASS, app.AS_SAVED]
+    with app.serve(pipeline) as url:
+        answers = [join_queue(url, "generate", values, f"session-{index}") for index in range(6)]
+    assert [answer.status_code for answer in answers].count(503) >= 2
+    assert "Queue is full" in answers[-1].text and answers[0].status_code == 200
+
+
+def test_only_uploads_are_read_and_removed(pipeline, tmp_path, capfd):
+    path = tmp_path / "private.png"
+    Image.new("RGB", (8, 8)).save(path)
+    file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+    with app.serve(pipeline) as url:
+        join_queue(url, "take_upload", [file], "session")
+        answer = httpx.get(url + "gradio_api/queue/data?session_hash=session", timeout=20).text
+        assert httpx.get(f"{url}gradio_api/file={path}").status_code == 403
+    assert '"success":false' in answer and "base64" not in answer
+    assert path.exists()
+
+
+# In a browser
+
+
+class Server:
+    """The page of a tiny model whose evaluations can be slowed down and are counted."""
+
+    def __init__(self, folder: Path, image_folder: Path) -> None:
+        self.folder = folder
+        self.delay = 0.0
+        self.evaluations = 0
+        self.pipeline = PetDiffusionPipeline(
+            random_model(), AdaptiveEDMScheduler(), id2label={0: "cat", 1: "dog"}
+        )
+        self.pipeline.transformer.register_forward_hook(self.count)
+        self.reference = load_reference(str(image_folder), ["cat", "dog"], 8, cache_dir=str(folder / "cache"))
+        self.connections: list[object] = []
+
+    def count(self, module, args, output) -> None:
+        self.evaluations += 1
+        time.sleep(self.delay)
+
+    def wait_until_idle(self) -> None:
+        """Returns when the model has nothing to do; the slowest work of the tests would take over 10 s."""
+        for _ in range(10):
+            before = self.evaluations
+            time.sleep(0.4)
+            if self.evaluations == before:
+                return
+        raise AssertionError("The work goes on.")
+
+    def uploads(self) -> list[Path]:
+        return [path for path in (self.folder / "temporary").rglob("*") if path.is_file()]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def running(browser, tmp_path_factory, image_folder):
+    folder = tmp_path_factory.mktemp("app")
+    server = Server(folder, image_folder)
+    (folder / "temporary").mkdir()
+    active = True
+
+    def audit(event: str, args: tuple) -> None:
+        if active and event == "socket.connect":
+            server.connections.append(args[1])
+
+    sys.addaudithook(audit)  # for the rest of the process
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(tempfile, "tempdir", str(folder / "temporary"))
+        with app.serve(server.pipeline, server.reference) as server.url:
+            yield server
+        active = False
+        # Nothing stays on disk, and nothing has left this machine.
+        assert not list((folder / "temporary").iterdir())
+    addresses = [address[0] for address in server.connections if isinstance(address, tuple)]
+    assert addresses and set(addresses) <= {"127.0.0.1", "::1"}
+
+
+@pytest.fixture
+def server(running):
+    running.delay = 0.0
+    running.wait_until_idle()
+    running.evaluations = 0
+    return running
+
+
+@pytest.fixture
+def open_page(server, browser):
+    """Opens the page in a browser of its own; no request may leave this machine, no script may fail."""
+    contexts, requests, errors = [], [], []
+
+    def open_page(width: int = 1280):
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(server.url)
+        page.get_by_role("button", name="Generate").wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    foreign = [url for url in requests if not url.startswith((server.url, "data:", "blob:"))]
+    assert requests and not foreign
+    assert not errors
+
+
+def set_number(page, label: str, value: int) -> None:
+    field = page.get_by_label(label, exact=True).locator("visible=true")
+    field.fill(str(value))
+    field.press("Tab")
+
+
+def fix_seed(page, seed: int) -> None:
+    page.get_by_label("Draw a new seed each time").locator("visible=true").uncheck()
+    set_number(page, "Seed", seed)
+
+
+def test_generate_in_the_page(server, open_page, tmp_path):
+    page = open_page()
+    server.delay = 0.05
+    page.get_by_label("dog", exact=True).uncheck()
+    set_number(page, "number input for Images of each class", 2)
+    set_number(page, "number input for Steps", 6)
+    fix_seed(page, 5)
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text(re.compile("Step [1-5] of 6")).wait_for()
+    assert page.get_by_role("img", name="cat, seed 5").count()  # while it is drawn
+    link = page.get_by_role("link", name="Download cat-6.png")
+    link.wait_for()
+    assert page.get_by_role("link", name="Download").count() == 2
+    assert "2 images in" in page.get_by_role("status").first.inner_text()
+    expected = app.sample(server.pipeline, ["cat"], 2, 5, app.Settings(6))
+    assert f"{expected.evaluations} evaluations" in page.get_by_role("status").first.inner_text()
+    with page.expect_download() as download:
+        link.click()
+    download.value.save_as(tmp_path / "cat-6.png")
+    with Image.open(tmp_path / "cat-6.png") as image:
+        assert image.tobytes() == expected.rows["cat"][1].tobytes()
+    assert image_settings(tmp_path / "cat-6.png")["seed"] == 6
+    shown = link.get_by_role("img")
+    assert shown.evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"
+    assert shown.evaluate("image => image.width / image.naturalWidth") >= 3
+    strip = page.get_by_role("img", name=re.compile("at every step"))
+    assert strip.evaluate("image => image.naturalWidth") > 6 * 8
+    page.get_by_role("img", name="training image 1 closest to cat, seed 5").wait_for()
+
+
+def test_the_plot_of_the_guidance_follows_the_settings(open_page):
+    page = open_page()
+    plot = page.get_by_role("img", name=re.compile("Strength of the guidance"))
+    before = plot.get_attribute("src")
+    page.get_by_text("25 evaluations of the model for each image").wait_for()
+    page.get_by_label("Guidance schedule").locator("visible=true").click()
+    page.get_by_role("option", name="constant").click()
+    page.get_by_text("36 evaluations of the model for each image").wait_for()
+    assert plot.get_attribute("src") != before
+    assert "from 1.5 to 1.5" in plot.get_attribute("alt")
+
+
+def test_a_request_that_cannot_be_met_is_explained(open_page):
+    page = open_page()
+    page.get_by_label("cat", exact=True).uncheck()
+    page.get_by_label("dog", exact=True).uncheck()
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("Choose at least one class.").wait_for()
+
+
+def test_cancel_stops_the_work(server, open_page):
+    page = open_page()
+    server.delay = 0.1
+    set_number(page, "number input for Steps", 100)
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text(re.compile("Step [2-9] of 100")).wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_text("Cancelled.").wait_for()
+    server.wait_until_idle()
+    assert server.evaluations < 60
+    assert not page.get_by_role("link", name="Download").count()
+    server.delay = 0.0
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("link", name="Download").first.wait_for()
+
+
+def test_a_page_that_is_closed_stops_its_work(server, open_page):
+    page = open_page()
+    server.delay = 0.1
+    set_number(page, "number input for Steps", 100)
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text(re.compile("Step [2-9] of 100")).wait_for()
+    page.close()
+    server.wait_until_idle()
+    assert server.evaluations < 100
+
+
+def test_compare_in_the_page(server, open_page):
+    page = open_page()
+    page.get_by_role("tab", name="Compare").click()
+    fix_seed(page, 3)
+    set_number(page, "number input for Images of each class", 1)
+    page.get_by_role("button", name="Compare A and B").click()
+    page.get_by_text(re.compile("The same seeds, from 3 on")).wait_for()
+    links = page.get_by_role("link", name="Download cat-3.png")
+    contents = [decoded(link.get_attribute("href")) for link in links.all()]
+    for content, scale in zip(contents, (1.0, 3.0), strict=True):
+        expected = app.sample(server.pipeline, ["cat"], 1, 3, app.Settings(guidance_scale=scale))
+        with Image.open(io.BytesIO(content)) as image:
+            assert (pixels(image) - pixels(expected.rows["cat"][0])).abs().max() <= 1
+    page.get_by_role("button", name="Compare 5, 10, 20 and 40 steps").click()
+    page.get_by_role("heading", name="40 steps").wait_for()
+    page.get_by_text(re.compile("40 steps, guidance 1 .* 40 evaluations")).wait_for()
+    assert page.get_by_role("link", name="Download dog-3.png").count() == 4
+
+
+def test_classify_in_the_page(server, open_page, image_folder):
+    page = open_page()
+    page.get_by_role("tab", name="Classify").click()
+    page.locator("input[type=file]").set_input_files(image_folder / "cat" / "03.png")
+    status = page.get_by_role("status").locator("visible=true").first
+    page.get_by_text(re.compile("evaluations of the model in")).wait_for()
+    classifier = PetClassificationPipeline(
+        server.pipeline.transformer, server.pipeline.scheduler, id2label={0: "cat", 1: "dog"}
+    )
+    output = classifier(image_folder / "cat" / "03.png", generator=torch.Generator().manual_seed(0))
+    label = output.labels[0]
+    assert f"{label}: {output.probabilities[0][label]:.1%}, after {output.num_evaluations[0]}" in (
+        status.inner_text()
+    )
+    assert page.get_by_role("meter").count() == 2
+    for name in ("The image as the model sees it", "Where the image speaks for", "Errors of each class"):
+        assert page.get_by_role("img", name=re.compile(name)).evaluate("image => image.naturalWidth") > 0
+    assert not server.uploads()
+    first = status.inner_text()
+    page.get_by_role("button", name="Example 4, unseen dog").press("Enter")
+    page.wait_for_function("([text, old]) => text.innerText != old", arg=[status.element_handle(), first])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no image", "is not an image in JPEG, PNG"),
+        (bytes(6 * 2**20), "exceed the maximum allowed size of 5"),
+    ],
+)
+def test_a_bad_upload_is_explained_in_the_page(server, open_page, content, message, tmp_path, capfd):
+    (tmp_path / "bad.png").write_bytes(content)
+    page = open_page()
+    page.get_by_role("tab", name="Classify").click()
+    page.locator("input[type=file]").set_input_files(tmp_path / "bad.png")
+    alert = page.get_by_test_id("toast-body")
+    alert.wait_for()
+    assert re.search(message, alert.inner_text())
+    assert "Traceback" not in capfd.readouterr().err
+    assert not server.uploads()
+
+
+def test_two_clients_at_once(server, open_page):
+    pages = [open_page(), open_page()]
+    server.delay = 0.02
+    for seed, page in enumerate(pages):
+        fix_seed(page, 10 * seed)
+        page.get_by_role("button", name="Generate").click()
+    for seed, page in enumerate(pages):
+        link = page.get_by_role("link", name=f"Download dog-{10 * seed}.png")
+        expected = app.sample(server.pipeline, ["dog"], 1, 10 * seed, app.Settings())
+        with Image.open(io.BytesIO(decoded(link.get_attribute("href")))) as image:
+            assert (pixels(image) - pixels(expected.rows["dog"][0])).abs().max() <= 1
+
+
+UNNAMED = """() => [...document.querySelectorAll("input, textarea, select, button, img, [role=slider]")]
+    .filter(e => e.checkVisibility() && !e.closest("[aria-hidden=true]"))
+    .filter(e => !(e.labels && e.labels.length && e.labels[0].innerText.trim()) && !e.ariaLabel && !e.title
+        && !e.alt && !e.innerText.trim() && !e.ariaLabelledByElements?.length)
+    .map(e => e.outerHTML.slice(0, 200))"""
+
+
+def test_the_page_is_for_keyboards_and_screen_readers(open_page):
+    page = open_page()
+    assert page.evaluate("document.documentElement.lang") and page.title() == "pet_pipeline"
+    for tab in ("Generate", "Compare", "Classify"):
+        page.get_by_role("tab", name=tab).focus()
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(300)
+        assert page.get_by_role("tab", name=tab).get_attribute("aria-selected") == "true"
+        assert page.evaluate(UNNAMED) == []
+        assert page.get_by_role("status").count()
+    page.get_by_role("tab", name="Generate").press("Enter")
+    page.get_by_label("range slider for Steps").locator("visible=true").press("ArrowLeft")
+    visited = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        visited.append(page.evaluate("document.activeElement.innerText"))
+        if visited[-1] == "Generate":
+            break
+    assert visited[-1] == "Generate"
+    page.keyboard.press("Enter")
+    link = page.get_by_role("link", name="Download").first
+    link.wait_for()
+    settings = decoded(link.get_attribute("href"))
+    assert b'"steps": 17' in settings
+
+
+def test_the_page_fits_a_phone(open_page):
+    page = open_page(width=390)
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("link", name="Download").first.wait_for()
+    for tab in ("Generate", "Compare", "Classify"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
