@@ -1,9 +1,22 @@
 import json
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
-from pet_pipeline.visualization import denoising_strip, image_grid, loss_curves, sample_grid, step_comparison
+from pet_pipeline.pipeline_pet_classification import ClassificationEvidence
+from pet_pipeline.schedulers import SCHEDULERS, scheduler_by_name
+from pet_pipeline.visualization import (
+    denoising_strip,
+    error_figure,
+    evidence_map,
+    guidance_figure,
+    image_grid,
+    loss_curves,
+    sample_grid,
+    step_comparison,
+)
 
 
 def test_grid_places_every_image_without_blur():
@@ -41,3 +54,35 @@ def test_curves_of_a_run(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(json.dumps(record) for record in records))
     assert loss_curves(path).size == (1100, 400)
+
+
+def test_evidence_is_red_for_the_best_class_and_blue_for_the_second():
+    difference = torch.tensor([[2.0, 0.0], [-2.0, 1.0]])
+    evidence = ClassificationEvidence(
+        torch.tensor([0.1, 1.0]), torch.tensor([[0.2, 0.3], [0.25, torch.nan]]), difference, ("cat", "dog")
+    )
+    (red, neutral), (blue, pink) = np.asarray(evidence_map(evidence)).astype(int)
+    assert red[0] > red[2] and blue[2] > blue[0] and neutral.min() > 240
+    assert red[1] < pink[1] < neutral[1]  # the stronger, the darker
+    assert error_figure(evidence, ["cat", "dog"]).width > 400
+
+
+def test_guidance_is_drawn_from_the_first_step_on():
+    columns = []
+    for weights in ([3.0, 1.0, 1.0], [1.0, 1.0, 3.0]):
+        picture = np.asarray(guidance_figure([80.0, 1.0, 0.01], weights)).astype(int)
+        line = picture[..., 2] - picture[..., 0] > 100  # it is blue
+        columns.append(np.flatnonzero(line[: len(line) // 3].any(0)).mean())
+    assert columns[0] < columns[1]
+
+
+@pytest.mark.parametrize("name", [None, *SCHEDULERS])
+def test_schedulers_by_name_keep_the_configuration_and_no_state(pipeline, name):
+    pipeline.scheduler.set_timesteps(3)
+    scheduler = scheduler_by_name(name, pipeline.scheduler)
+    assert scheduler is not pipeline.scheduler
+    assert scheduler.config.sigma_max == pipeline.scheduler.config.sigma_max
+    assert name in (None, type(scheduler).__name__, scheduler.config.get("solver"))
+    assert len(scheduler.sigmas) != 4
+    with pytest.raises(ValueError, match="no scheduler 'ddim'; choose one of multistep"):
+        scheduler_by_name("ddim", pipeline.scheduler)
