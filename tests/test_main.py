@@ -1,3 +1,4 @@
+import configparser
 import subprocess
 import sys
 from pathlib import Path
@@ -164,3 +165,14 @@ def test_a_damaged_model_is_one_line(saved, tmp_path, capsys, content, message):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"pet-pipeline: The model {saved!r} cannot be loaded") and message in error
     assert not (tmp_path / "x").exists()
+
+
+def test_the_package_ships_all_its_files():
+    root = Path(__file__).parent.parent
+    options = configparser.ConfigParser()
+    options.read(root / "setup.cfg")
+    patterns = options["options.package_data"]["pet_pipeline"].split()
+    files = [path for path in (root / "pet_pipeline").rglob("*") if path.is_file()]
+    data = [path.relative_to(root / "pet_pipeline") for path in files if path.suffix not in (".py", ".pyc")]
+    shipped = {path for pattern in patterns for path in (root / "pet_pipeline").glob(pattern)}
+    assert data and {root / "pet_pipeline" / path for path in data} <= shipped
