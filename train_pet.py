@@ -110,7 +110,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--pretrained_model_name_or_path",
-        help="start from this saved pipeline, its weights and its noise levels, instead of a preset",
+        help="start from this saved pipeline, its weights and its noise levels, instead of a preset; classes "
+        "are matched by name, new ones start afresh",
     )
     group.add_argument("--gradient_checkpointing", action=flag, default=False, help="less memory, more time")
 
@@ -175,6 +176,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=["auto", "no", "bf16", "fp16"],
         default="auto",
         help="auto: bf16 where it is clearly faster",
+    )
+    group.add_argument(
+        "--allow_tf32", action=flag, default=False, help="faster float32 matrix products on Ampere and later"
     )
     group.add_argument("--torch_compile", action=flag, default=False, help="compile the denoiser")
     group.add_argument("--seed", type=int, default=0, help="of everything random")
@@ -275,18 +279,36 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def check_classes(pipeline: PetDiffusionPipeline, class_names: list[str]) -> None:
-    """Raises `ValueError` if a saved pipeline cannot be trained further on these classes."""
-    num_classes = pipeline.transformer.config.num_classes
-    if num_classes != len(class_names):
-        raise ValueError(
-            f"The saved model has {num_classes} classes, but --classes names {len(class_names)}."
-        )
-    known = [pipeline.id2label.get(index) for index in range(num_classes)]
-    if known != class_names and set(known) == set(class_names):
-        raise ValueError(
-            f"The saved model has the classes in the order {', '.join(known)}; name them in that order."
-        )
+def match_classes(pipeline: PetDiffusionPipeline, class_names: list[str]) -> PetTransformer2DModel:
+    """Returns a saved pipeline's model for these classes, so that other ones can be trained from it.
+
+    Classes that the pipeline knows by name keep their embedding, and the null class does; new ones start as
+    in a new model. Where the pipeline knows no names, the classes have to be as many, and keep their order.
+
+    Raises:
+        ValueError: if it knows no names and another number of classes.
+    """
+    transformer = pipeline.transformer
+    num_classes = transformer.config.num_classes
+    known = {pipeline.id2label[index]: index for index in range(num_classes) if index in pipeline.id2label}
+    if num_classes == len(class_names) and list(known) == class_names:
+        return transformer
+    if not known:
+        if num_classes != len(class_names):
+            raise ValueError(
+                f"The saved model has {num_classes} classes without names, but --classes names "
+                f"{len(class_names)}."
+            )
+        return transformer
+    matched = type(transformer).from_config(transformer.config, num_classes=len(class_names))
+    weights = transformer.state_dict()
+    rows = matched.class_embedding.weight.detach().clone()
+    rows[-1] = weights["class_embedding.weight"][-1]
+    for row, name in enumerate(class_names):
+        if name in known:
+            rows[row] = weights["class_embedding.weight"][known[name]]
+    matched.load_state_dict({**weights, "class_embedding.weight": rows})
+    return matched
 
 
 def automatic_precision() -> str:
@@ -360,6 +382,8 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
             "ACCELERATE_USE_CPU=true in the environment."
         )
     set_seed(args.seed)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
     samples_dir, metrics_path = output_dir / "samples", output_dir / "metrics.jsonl"
 
     # 2. Data: decoded once, the validation part held out
@@ -398,8 +422,7 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
     }
     if args.pretrained_model_name_or_path is not None:
         pretrained = PetDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
-        check_classes(pretrained, dataset.class_names)
-        transformer = pretrained.transformer.train()
+        transformer = match_classes(pretrained, dataset.class_names).train()
         scheduler = AdaptiveEDMScheduler.from_config(pretrained.scheduler.config, **scheduler_config)
     else:
         model_config = {"sample_size": args.resolution, "num_classes": num_classes, **args.model_config}

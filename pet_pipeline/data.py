@@ -161,6 +161,9 @@ def stratified_split(
 ) -> tuple[ImageDataset, ImageDataset]:
     """Splits a data set into training and validation parts with the same share of each class.
 
+    What is held out of a class does not depend on the other classes: a model trained on more of them has not
+    seen it either.
+
     Args:
         dataset ([`ImageDataset`]): what to split.
         validation_fraction (`float`, defaults to 0.1): of each class, rounded, at least one image.
@@ -171,7 +174,6 @@ def stratified_split(
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"`validation_fraction` has to be between 0 and 1, but is {validation_fraction}.")
-    generator = torch.Generator().manual_seed(seed)
     train, validation = [], []
     for class_id, name in enumerate(dataset.class_names):
         rows = (dataset.labels == class_id).nonzero().flatten()
@@ -179,14 +181,14 @@ def stratified_split(
             raise ValueError(
                 f"The class {name!r} has {len(rows)} image; training and validation need one each."
             )
-        rows = rows[torch.randperm(len(rows), generator=generator)]
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
         num_validation = min(len(rows) - 1, max(1, round(validation_fraction * len(rows))))
         validation.append(rows[:num_validation])
         train.append(rows[num_validation:])
 
     def shuffled(parts: list[torch.Tensor]) -> ImageDataset:
         rows = torch.cat(parts)
-        return dataset.subset(rows[torch.randperm(len(rows), generator=generator)])
+        return dataset.subset(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))])
 
     return shuffled(train), shuffled(validation)
 

@@ -33,7 +33,7 @@ class Reference:
     """The real images of an evaluation.
 
     Args:
-        train ([`ImageDataset`]): what `train_pet.py --seed 0` trains on; copies are looked for here.
+        train ([`ImageDataset`]): what `train_pet.py` trains on; copies are looked for here.
         validation ([`ImageDataset`]): what it holds out.
         images ([`ImageDataset`]): what generated images are compared with: the split that was asked for.
     """

@@ -1,15 +1,83 @@
 """The optimizer and the learning-rate schedule of training.
 
-Muon (Jordan et al. 2024) orthogonalises the momentum of matrices; PyTorch's own takes matrices only, so AdamW
-steps everything else beside it.
+Muon (Jordan et al. 2024) orthogonalises the momentum of matrices; it takes matrices only, so AdamW steps
+everything else beside it.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+
+class BatchedMuon(torch.optim.Muon):
+    """`torch.optim.Muon`, which takes the matrices of one shape together and on CPUs works in float32.
+
+    PyTorch's orthogonalises one matrix after the other, in bfloat16: on a GPU that is a launch for each small
+    product, and many CPUs are slower in bfloat16. Arguments and state are those of `torch.optim.Muon`.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Steps every matrix that has a gradient; `closure` re-evaluates the loss, once."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape, parameter.device, parameter.dtype].append(parameter)
+            for parameters in by_shape.values():
+                self._step_together(parameters, group)
+        return loss
+
+    def _step_together(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Steps matrices of one shape."""
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
+        updates = orthogonalize(
+            torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"]
+        )
+        rows, columns = parameters[0].shape
+        rate = group["lr"] * math.sqrt(max(1, rows / columns))
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype).unbind()), alpha=-rate)
+
+
+def orthogonalize(
+    matrices: torch.Tensor, coefficients: tuple[float, float, float], num_steps: int, eps: float
+) -> torch.Tensor:
+    """Brings the singular values of matrices near 1 by Newton-Schulz iterations (Jordan et al. 2024).
+
+    Args:
+        matrices (`torch.Tensor` of shape `(N, rows, columns)`): what to orthogonalise.
+        coefficients (`tuple`): of the odd polynomial of fifth degree that is applied to the singular values.
+        num_steps (`int`): iterations.
+        eps (`float`): floor of the norms.
+
+    Returns:
+        `torch.Tensor` of the same shape, in bfloat16 on GPUs and in float32 elsewhere.
+    """
+    a, b, c = coefficients
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    is_tall = x.shape[1] > x.shape[2]
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(num_steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -18,7 +86,7 @@ class MuonAdamW(torch.optim.Optimizer):
     One optimizer, because two break the loss scaling of fp16 and engines that expect one.
 
     Args:
-        muon_parameters (`list` of 2D `nn.Parameter`): for `torch.optim.Muon`.
+        muon_parameters (`list` of 2D `nn.Parameter`): for [`BatchedMuon`].
         adamw_parameters (`list` of `nn.Parameter`): for `torch.optim.AdamW`.
         muon_lr (`float`, defaults to 0.02), adamw_lr (`float`, defaults to 1e-3): learning rates.
         weight_decay (`float`, defaults to 0.0): decoupled weight decay of both.
@@ -35,7 +103,7 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
     ) -> None:
-        self.muon = torch.optim.Muon(muon_parameters, lr=muon_lr, weight_decay=weight_decay)
+        self.muon = BatchedMuon(muon_parameters, lr=muon_lr, weight_decay=weight_decay)
         self.adamw = torch.optim.AdamW(
             adamw_parameters, lr=adamw_lr, weight_decay=weight_decay, betas=betas, eps=eps
         )

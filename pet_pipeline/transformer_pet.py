@@ -27,7 +27,6 @@ from diffusers.models.embeddings import (
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
-from torch.amp import is_autocast_available
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -130,9 +129,8 @@ def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     # Autocast would send float32 matrix products back to 16 bits, where a sum over many tokens loses its
     # small terms.
     device_type = query.device.type
-    exact = (
-        torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()
-    )
+    is_cast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    exact = torch.autocast(device_type, enabled=False) if is_cast else nullcontext()
     with exact:
         query, key, value = F.relu(query.float()), F.relu(key.float()), value.float()
         # Means instead of sums: the same ratio, at any number of tokens in range.

@@ -93,6 +93,10 @@ def test_split_is_stratified_disjoint_and_seeded():
     again = stratified_split(dataset, 0.1, seed=1)[1]
     other = stratified_split(dataset, 0.1, seed=2)[1]
     assert torch.equal(again.images, validation.images) and not torch.equal(other.images, validation.images)
+    # What is held out of a class does not depend on the others.
+    dogs = ImageDataset(images[50:], torch.zeros(30).long(), ["dog"])
+    held_out = stratified_split(dogs, 0.1, seed=1)[1].images[:, 0, 0, 0]
+    assert set(held_out.tolist()) == {number for number in ids[1] if number >= 50}
     with pytest.raises(ValueError, match="'dog' has 1 image"):
         stratified_split(dataset.subset(torch.tensor([0, 1, 60])))
     with pytest.raises(ValueError, match="validation_fraction"):

@@ -6,7 +6,13 @@ import torch
 from conftest import random_model
 
 from pet_pipeline import BalancedAdaptiveLoss
-from pet_pipeline.optimization import MuonAdamW, create_optimizer, learning_rate_factor
+from pet_pipeline.optimization import (
+    BatchedMuon,
+    MuonAdamW,
+    create_optimizer,
+    learning_rate_factor,
+    orthogonalize,
+)
 
 
 def test_every_parameter_has_one_optimizer():
@@ -36,7 +42,7 @@ def test_equals_its_two_parts_and_survives_saving():
     joint = MuonAdamW([matrix], [vector], muon_lr=0.02, adamw_lr=1e-3)
     expected_matrix, expected_vector = parameters()
     parts = [
-        torch.optim.Muon([expected_matrix], lr=0.02, weight_decay=0.0),
+        BatchedMuon([expected_matrix], lr=0.02, weight_decay=0.0),
         torch.optim.AdamW([expected_vector], lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99)),
     ]
     for seed in range(3):
@@ -54,6 +60,50 @@ def test_equals_its_two_parts_and_survives_saving():
     step([joint], matrix, vector, 7)
     step([restored], *copies, 7)
     assert torch.equal(matrix, copies[0]) and torch.equal(vector, copies[1])
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_batched_muon_steps_as_muon_does(nesterov):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6, 6), (9, 4), (6, 6), (4, 9))
+    ours, theirs = (
+        [
+            torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+            for shape in shapes
+        ]
+        for _ in range(2)
+    )
+    optimizers = [
+        cls(parameters, lr=0.1, weight_decay=0.2, nesterov=nesterov)
+        for cls, parameters in ((BatchedMuon, ours), (torch.optim.Muon, theirs))
+    ]
+    start = [p.detach().clone() for p in ours]
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, before in zip(ours, theirs, start):
+        assert (p - before).norm() > 0.1
+        # PyTorch's rounds to bfloat16.
+        assert (p - q).norm() < 0.02 * (p - before).norm()
+    state, expected = (optimizer.state_dict() for optimizer in optimizers)
+    assert state["state"].keys() == expected["state"].keys()
+    assert state["param_groups"] == expected["param_groups"]
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    for shape in ((3, 8, 5), (3, 5, 8)):
+        matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        result = orthogonalize(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+        values = torch.linalg.svdvals(result)
+        assert 0.5 < values.min() and values.max() < 1.3
+        # The singular vectors stay.
+        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+        core = u.mT @ result @ v.mT
+        off_diagonal = core - torch.diag_embed(core.diagonal(dim1=1, dim2=2))
+        assert off_diagonal.abs().max() < 1e-4
 
 
 def test_learning_rate_factor():

@@ -177,13 +177,27 @@ def test_fine_tuning_starts_from_saved_weights(finished_run, image_folder, tmp_p
     name = Path("transformer") / "diffusion_pytorch_model.safetensors"
     before, after = load_file(finished_run / name), load_file(tmp_path / "out" / name)
     assert all(torch.equal(before[key], after[key]) for key in before)
-    for classes, message in (
-        (["all"], "2 classes, but --classes names 3"),
-        (["dog", "cat"], "order cat, dog"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            train(image_folder, tmp_path / "other", classes=classes, **options)
-    assert not (tmp_path / "other").exists()
+
+
+def test_fine_tuning_matches_classes_by_name(finished_run):
+    pipeline = PetDiffusionPipeline.from_pretrained(finished_run)  # cat, dog
+    cat, dog, null = pipeline.transformer.class_embedding.weight.detach()
+    matched = train_pet.match_classes(pipeline, ["dog", "bird", "cat"])
+    rows = matched.class_embedding.weight
+    assert matched.config.num_classes == 3
+    assert torch.equal(rows[[0, 2, 3]], torch.stack([dog, cat, null]))
+    assert not any(torch.equal(rows[1], row) for row in (cat, dog, null))
+    inputs = torch.randn(2, 3, 8, 8), torch.zeros(2)
+    expected = pipeline.transformer(*inputs, torch.tensor([1, 2])).sample
+    assert torch.equal(matched.eval()(*inputs, torch.tensor([0, 3])).sample, expected)
+
+
+def test_fine_tuning_a_model_without_class_names(finished_run):
+    pipeline = PetDiffusionPipeline.from_pretrained(finished_run)
+    pipeline.id2label.clear()
+    assert train_pet.match_classes(pipeline, ["bird", "dog"]) is pipeline.transformer
+    with pytest.raises(ValueError, match="2 classes without names, but --classes names 3"):
+        train_pet.match_classes(pipeline, ["bird", "cat", "dog"])
 
 
 @pytest.mark.parametrize(

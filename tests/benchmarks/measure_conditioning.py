@@ -2,7 +2,7 @@
 
     python tests/benchmarks/measure_conditioning.py --dataset_name uoft-cs/cifar10
 
-The images are those that `train_pet.py --seed 0` holds out.
+The images are those that `train_pet.py` holds out.
 """
 
 import argparse

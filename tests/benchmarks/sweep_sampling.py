@@ -64,16 +64,17 @@ def main() -> None:
     parser.add_argument("--cache_dir")
     parser.add_argument("--num_images", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--device", default="cpu", help="of the pipeline and of the feature extractor")
     parser.add_argument("--out", type=Path, help="JSON file of the records, one a line")
     args = parser.parse_args()
 
-    pipeline = PetDiffusionPipeline.from_pretrained(args.model)
+    pipeline = PetDiffusionPipeline.from_pretrained(args.model).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     names = class_names(pipeline)
     reference = load_reference(
         args.dataset_name, names, pipeline.transformer.config.sample_size, cache_dir=args.cache_dir
     )
-    extractor, classifier = EfficientNetLite0Features(), load_classifier(names)
+    extractor, classifier = EfficientNetLite0Features().to(args.device), load_classifier(names)
     config = pipeline.scheduler.config
     print(
         "| setting | FD-EffLite0 | KID-EffLite0 ×10³ | precision | recall | class accuracy | NFE | images/s |"

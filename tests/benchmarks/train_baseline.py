@@ -59,7 +59,6 @@ class DiTBaseline(Baseline):
             patch_size=4,
             num_embeds_ada_norm=num_classes,
         )
-        self.transformer_blocks = self.network.transformer_blocks
         for name, parameter in self.network.named_parameters():
             # As in the paper: modulations and the output start at zero.
             if name.endswith(("norm1.linear.weight", "norm1.linear.bias")) or name.startswith("proj_out"):
@@ -67,6 +66,11 @@ class DiTBaseline(Baseline):
         for block in self.transformer_blocks:
             # Labels are dropped by train_pet.py, at the rate asked for.
             block.norm1.emb.class_embedder.dropout_prob = 0.0
+
+    @property
+    def transformer_blocks(self) -> nn.ModuleList:
+        """Where Muon looks for matrices."""
+        return self.network.transformer_blocks
 
 
 class UNetBaseline(Baseline):
@@ -118,4 +122,5 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BASELINES:
         sys.exit(f"train_baseline.py: the first argument has to be one of {', '.join(BASELINES)}")
     train_pet.PetTransformer2DModel = BASELINES[sys.argv[1]]
+    train_pet.render_model_card = lambda *args: f"A baseline: {sys.argv[1]}.\n"
     train_pet.main(train_pet.parse_args(sys.argv[2:]), train_pet.TrainingState())

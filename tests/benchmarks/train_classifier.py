@@ -2,7 +2,7 @@
 
     python tests/benchmarks/train_classifier.py --dataset_name uoft-cs/cifar10 --output_dir classifier
 
-It sees the images that `train_pet.py --seed 0` trains on; the validation part watches it, and with `--test`
+It sees the images that `train_pet.py` trains on; the validation part watches it, and with `--test`
 the test split is measured at the end.
 """
 
@@ -42,7 +42,7 @@ def accuracy(classifier: PetClassifier, dataset: ImageDataset) -> float:
     """Share of images whose class is found."""
     classifier.eval()
     right = [
-        classifier(to_model_range(images)).argmax(1) == labels
+        classifier(to_model_range(images).to(classifier.device)).argmax(1).cpu() == labels
         for images, labels in zip(dataset.images.split(250), dataset.labels.split(250))
     ]
     classifier.train()
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--train_batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--test", action="store_true", help="measure the test split")
     parser.add_argument("--output_dir", default="classifier")
     args = parser.parse_args()
@@ -67,7 +68,7 @@ def main() -> None:
     dataset = load_image_dataset(args.dataset_name, args.classes, cache_dir=args.cache_dir)
     train_set, validation_set = stratified_split(dataset, 0.1, seed=0)
     torch.manual_seed(args.seed)
-    classifier = PetClassifier(args.classes).to(memory_format=torch.channels_last)
+    classifier = PetClassifier(args.classes).to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         classifier.parameters(), lr=args.learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
@@ -78,8 +79,8 @@ def main() -> None:
         order = torch.randperm(len(train_set))
         for rows in order.split(args.train_batch_size)[: len(train_set) // args.train_batch_size]:
             images = random_crop_and_erase(random_horizontal_flip(to_model_range(train_set.images[rows])))
-            logits = classifier(images.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits, train_set.labels[rows], label_smoothing=0.1)
+            logits = classifier(images.to(args.device, memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits, train_set.labels[rows].to(args.device), label_smoothing=0.1)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
