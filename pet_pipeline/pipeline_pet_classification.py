@@ -14,6 +14,7 @@ import math
 import reprlib
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -432,9 +433,10 @@ class PetClassificationPipeline(DiffusionPipeline):
             low, high = self.scheduler.config.sigma_min, self.scheduler.config.sigma_max
             return self.likelihood_weights(sigmas, num_values, low, high)
         if self.config.calibration is None:
-            logger.warning_once(
+            warnings.warn(
                 "This pipeline is not calibrated, so its probabilities are too sure; "
-                "`pet-pipeline calibrate` mends that."
+                "`pet-pipeline calibrate` mends that.",
+                stacklevel=2,
             )
         return self.band_weights(sigmas, self.config.calibration, num_values)
 
