@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--num_samples", type=positive_integer, default=5, help="images per class")
     generate.add_argument("--steps", type=number_of_steps, default=18, help="denoising steps, at most 1000")
     generate.add_argument(
-        "--guidance_scale", type=float, default=1.5, help="strength of the guidance; 1 is none"
+        "--guidance_scale", type=float, default=2.5, help="strength of the guidance; 1 is none"
     )
     generate.add_argument(
         "--guidance_schedule",
@@ -179,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--curve", action="store_true", help="measure its accuracy by evaluations too, which takes longer"
     )
     evaluate.add_argument("--steps", type=number_of_steps, default=18, help="denoising steps")
-    evaluate.add_argument("--guidance_scale", type=float, default=1.5, help="strength of the guidance")
+    evaluate.add_argument("--guidance_scale", type=float, default=2.5, help="strength of the guidance")
     evaluate.add_argument("--guidance_schedule", choices=SCHEDULES, default="adaptive")
     evaluate.add_argument("--scheduler", choices=SCHEDULERS, help="as saved if not given")
     evaluate.add_argument("--device", help="a GPU is taken where there is one")

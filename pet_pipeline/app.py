@@ -98,14 +98,14 @@ class Settings:
 
     Args:
         steps (`int`, defaults to 18): denoising steps.
-        guidance_scale (`float`, defaults to 1.5), guidance_schedule (`str`, defaults to `"adaptive"`): see
+        guidance_scale (`float`, defaults to 2.5), guidance_schedule (`str`, defaults to `"adaptive"`): see
             [`guidance_weight`].
         negative_class (`str`, *optional*): class to steer away from, instead of from no class.
         scheduler (`str`, *optional*): see [`scheduler_by_name`].
     """
 
     steps: int = 18
-    guidance_scale: float = 1.5
+    guidance_scale: float = 2.5
     guidance_schedule: str = "adaptive"
     negative_class: str | None = None
     scheduler: str | None = None

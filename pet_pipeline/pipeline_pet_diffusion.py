@@ -390,7 +390,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
         class_labels: str | int | list | torch.Tensor | None = None,
         num_inference_steps: int = 18,
         sigmas: list[float] | torch.Tensor | None = None,
-        guidance_scale: float = 1.5,
+        guidance_scale: float = 2.5,
         guidance_schedule: str | Callable[[float], float] = "adaptive",
         guidance_interval: tuple[float, float] = (0.05, 5.0),
         negative_class_labels: str | int | list | torch.Tensor | None = None,
@@ -410,7 +410,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
             num_inference_steps (`int`, defaults to 18): denoising steps.
             sigmas (`list[float]` or `torch.Tensor`, *optional*): noise levels to use instead, strictly
                 decreasing.
-            guidance_scale (`float`, defaults to 1.5): strength of the guidance. At 1 the named schedules but
+            guidance_scale (`float`, defaults to 2.5): strength of the guidance. At 1 the named schedules but
                 `"original"` do without; at 0 `"constant"` samples from the null class.
             guidance_schedule (`str` or callable, defaults to `"adaptive"`): how the strength varies with the
                 noise level σ: `"adaptive"`, `"constant"`, `"interval"`, `"original"`, or a function σ → w.

@@ -89,6 +89,7 @@ def test_commands(readme_folder, data_folder, monkeypatch, capsys):
     monkeypatch.setattr("pet_pipeline.app.launch", launch)
     monkeypatch.setattr(train_pet, "push_folder", lambda folder, *args, **kwargs: pushed.append(str(folder)))
     monkeypatch.setattr(train_pet, "create_repository", lambda name, *args: SimpleNamespace(id=name))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *args, **kwargs: None)
     monkeypatch.setitem(FEATURE_EXTRACTORS, "efficientnet", Pixels)
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", "assets")
     trained = []
@@ -113,7 +114,9 @@ def test_commands(readme_folder, data_folder, monkeypatch, capsys):
             config |= json.loads(words[index + 1])
             del words[index : index + 2]
         steps = "2" if "--resume_from_checkpoint" in words else "1"
-        words += ["--model_config", json.dumps(config), "--max_train_steps", steps, "--train_batch_size", "4"]
+        if "--pretrained_model_name_or_path" not in words:
+            words += ["--model_config", json.dumps(config)]
+        words += ["--max_train_steps", steps, "--train_batch_size", "4"]
         words += ["--resolution", "8", "--preview_images", "1", "--cache_dir", "cache"]
         train_pet.main(train_pet.parse_args(words), train_pet.TrainingState())
         trained.append(words)
@@ -130,5 +133,5 @@ def test_commands(readme_folder, data_folder, monkeypatch, capsys):
             raise AssertionError(f"README has a command that no test runs: {words}")
     for path in ("stronger/strip.png", "why.png", "traffic/evaluation.json", "evaluation/reliability.png"):
         assert Path(path).exists(), path
-    assert len(trained) == 6 and pushed == ["out", "pets", "out", "spaces/user/pets"]
+    assert len(trained) == 8 and pushed == ["out", "pets", "out", "spaces/user/pets"]
     assert len(pages) == 2 and all("pet_pipeline" in page for page in pages)
