@@ -115,8 +115,8 @@ def test_what_is_out_of_bounds_is_refused(pipeline, request_, message):
 def test_too_many_steps_are_refused():
     for steps in (0, 101):
         with pytest.raises(ValueError, match="steps has to be from 1 to 100"):
-            app.Settings.from_inputs(steps, 1.5, "adaptive", app.NO_CLASS, app.AS_SAVED)
-    settings = app.Settings.from_inputs(7, 1.5, "adaptive", app.NO_CLASS, app.AS_SAVED)
+            app.Settings.from_inputs(steps, 2.5, "adaptive", app.NO_CLASS, app.AS_SAVED)
+    settings = app.Settings.from_inputs(7, 2.5, "adaptive", app.NO_CLASS, app.AS_SAVED)
     assert settings == app.Settings(7)
 
 
@@ -226,7 +226,7 @@ def join_queue(url: str, name: str, values: list, session: str) -> httpx.Respons
 def test_only_so_many_wait(pipeline, monkeypatch):
     monkeypatch.setattr(app, "MAX_QUEUE", 3)
     pipeline.transformer.register_forward_hook(lambda module, args, output: time.sleep(0.05))
-    values = [["cat"], 1, 0, False, 100, 1.5, "adaptive", app.NO_CLASS, app.AS_SAVED]
+    values = [["cat"], 1, 0, False, 100, 2.5, "adaptive", app.NO_CLASS, app.AS_SAVED]
     with app.serve(pipeline) as url:
         answers = [join_queue(url, "generate", values, f"session-{index}") for index in range(6)]
     assert [answer.status_code for answer in answers].count(503) >= 2
@@ -389,7 +389,7 @@ def test_the_plot_of_the_guidance_follows_the_settings(open_page):
     page.get_by_role("option", name="constant").click()
     page.get_by_text("36 evaluations of the model for each image").wait_for()
     assert plot.get_attribute("src") != before
-    assert "from 1.5 to 1.5" in plot.get_attribute("alt")
+    assert "from 2.5 to 2.5" in plot.get_attribute("alt")
 
 
 def test_a_request_that_cannot_be_met_is_explained(open_page):
