@@ -1,0 +1,185 @@
+"""Trains variants of the recipe and baselines, one on each core at a time; prints a Markdown row for each.
+
+    python tests/benchmarks/compare_recipes.py --dataset_name uoft-cs/cifar10 --max_train_steps 500 \
+        --seeds 0 1
+    python tests/benchmarks/compare_recipes.py --dataset_name uoft-cs/cifar10 --max_train_minutes 25 \
+        --runs reference dit unet --num_images 1000
+
+What is in the output folder already is not trained again, so that more runs and seeds can be added. Compare
+by time only what ran in one call, on a machine that did nothing else.
+"""
+
+import argparse
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+
+BENCHMARKS = Path(__file__).parent
+OURS = [str(BENCHMARKS.parent.parent / "train_pet.py")]
+BASELINE = str(BENCHMARKS / "train_baseline.py")
+# Each differs from the reference, the defaults of `train_pet.py`, in one thing.
+RUNS: dict[str, list[str]] = {
+    "reference": OURS,
+    "dit": [BASELINE, "dit"],
+    "dit-adamw": [BASELINE, "dit", "--optimizer", "adamw"],
+    "unet": [BASELINE, "unet", "--optimizer", "adamw", "--learning_rate", "2e-3"],
+    "mse": [*OURS, "--loss", "mse"],
+    "original-loss": [*OURS, "--loss", "original"],
+    "fixed-noise": [*OURS, "--noise_schedule", "fixed"],
+    "no-learned-weighting": [*OURS, "--no-learned_weighting"],
+    "plain-edm": [*OURS, "--loss", "mse", "--noise_schedule", "fixed", "--no-learned_weighting"],
+    "softmax": [*OURS, "--model_config", '{"attention_type": "softmax"}'],
+    "no-decoder": [*OURS, "--model_config", '{"decoder_layers": 0}'],
+    "long-skips": [*OURS, "--model_config", '{"long_skips": true}'],
+    "adamw-1e-3": [*OURS, "--optimizer", "adamw", "--learning_rate", "1e-3"],
+    "adamw-2e-3": [*OURS, "--optimizer", "adamw", "--learning_rate", "2e-3"],
+    "muon-0.01": [*OURS, "--muon_learning_rate", "0.01"],
+    "muon-0.04": [*OURS, "--muon_learning_rate", "0.04"],
+    "batch-32": [*OURS, "--train_batch_size", "32"],
+    "batch-128": [*OURS, "--train_batch_size", "128"],
+}
+COLUMNS = ["images", "minutes", "images/s", "MiB", "validation loss", "FD-EffLite0", "KID-EffLite0 ×10³"]
+
+
+def train_and_measure(name: str, seed: int, core: int | None, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains a variant in a process of its own, measures it in another, and returns the record.
+
+    Raises:
+        RuntimeError: if either fails; the log in the output folder says why.
+    """
+    folder = args.out / f"{name}-{seed}"
+    length = (
+        ["--max_train_minutes", str(args.max_train_minutes)]
+        if args.max_train_minutes
+        else ["--max_train_steps", str(args.max_train_steps)]
+    )
+    never = str(10**9)
+    words = ["--dataset_name", args.dataset_name, "--seed", str(seed), "--output_dir", str(folder), *length]
+    words += ["--validation_steps", never, "--preview_steps", never, "--checkpointing_steps", never]
+    if args.cache_dir:
+        words += ["--cache_dir", args.cache_dir]
+    measure = [str(Path(__file__)), "--measure", str(folder), "--dataset_name", args.dataset_name]
+    measure += ["--num_images", str(args.num_images)]
+    if args.cache_dir:
+        measure += ["--cache_dir", args.cache_dir]
+
+    def pin() -> None:
+        if core is not None:
+            os.sched_setaffinity(0, {core})
+
+    environment = os.environ if core is None else {**os.environ, "OMP_NUM_THREADS": "1"}
+    memory = 0
+    with (args.out / f"{name}-{seed}.log").open("w") as log:
+        for command in ([*RUNS[name], *words], measure):
+            process = subprocess.Popen(
+                [sys.executable, *command], stdout=log, stderr=log, env=environment, preexec_fn=pin
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                raise RuntimeError(f"{name}-{seed} ended with code {process.returncode}; see {log.name}")
+            memory = memory or usage.ru_maxrss / 1024  # of the training
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if "train/loss" in record][-1]
+    record = {"name": name, "seed": seed, "images": last["images"], "minutes": last["seconds"] / 60}
+    record["images/s"] = last["images"] / last["seconds"]
+    record["MiB"] = memory
+    record["validation loss"] = [r for r in records if "validation/loss" in r][-1]["validation/loss"]
+    measures = json.loads((folder / "measures.json").read_text())
+    record["FD-EffLite0"] = measures["fd_efflite0"]
+    record["KID-EffLite0 ×10³"] = 1000 * measures["kid_efflite0"]
+    return record
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Samples from a trained variant and compares the images with training images."""
+    from train_baseline import BASELINES
+
+    from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
+    from pet_pipeline.evaluation import generate_images, load_reference, measure_images
+    from pet_pipeline.metrics import EfficientNetLite0Features
+
+    class_name = json.loads((args.measure / "transformer" / "config.json").read_text())["_class_name"]
+    baselines = {model.__name__: model for model in BASELINES.values()}
+    if class_name in baselines:
+        pipeline = PetDiffusionPipeline(
+            baselines[class_name].from_pretrained(args.measure / "transformer"), AdaptiveEDMScheduler()
+        )
+    else:
+        pipeline = PetDiffusionPipeline.from_pretrained(args.measure)
+    pipeline.set_progress_bar_config(disable=True)
+    reference = load_reference(args.dataset_name, ["cat", "dog"], 32, cache_dir=args.cache_dir)
+    images = generate_images(pipeline, args.num_images, guidance_scale=1.0).images
+    measures = measure_images(images, None, reference, EfficientNetLite0Features())
+    (args.measure / "measures.json").write_text(json.dumps(measures))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset_name", default="uoft-cs/cifar10")
+    parser.add_argument("--cache_dir")
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="RUN")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--max_train_steps", type=int, default=500)
+    parser.add_argument("--max_train_minutes", type=float, help="equal times instead of equal steps")
+    parser.add_argument("--num_images", type=int, default=500, help="samples of each, without guidance")
+    parser.add_argument("--on_gpu", action="store_true", help="one run at a time, not bound to a core")
+    parser.add_argument("--out", type=Path, default=Path("comparison"))
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # how it calls itself
+    args = parser.parse_args()
+    if args.measure is not None:
+        return measure(args)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = args.out / "results.jsonl"
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    known = {(record["name"], record["seed"]) for record in done}
+    waiting: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+    for seed in args.seeds:
+        for name in args.runs:
+            if (name, seed) not in known:
+                waiting.put((name, seed))
+    lock = threading.Lock()
+    print("| run | seed | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 2) + "|")
+
+    def show(record: dict[str, Any]) -> None:
+        formats = ["{:,}", "{:.1f}", "{:.1f}", "{:.0f}", "{:.4f}", "{:.1f}", "{:.1f}"]
+        cells = [form.format(record[column]) for form, column in zip(formats, COLUMNS)]
+        print(f"| `{record['name']}` | {record['seed']} | " + " | ".join(cells) + " |", flush=True)
+
+    def work(core: int | None) -> None:
+        while True:
+            try:
+                name, seed = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                record = train_and_measure(name, seed, core, args)
+            except RuntimeError as error:
+                print(error, file=sys.stderr, flush=True)
+                continue
+            with lock:
+                with results.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                show(record)
+
+    for record in done:
+        show(record)
+    cores = [None] if args.on_gpu else sorted(os.sched_getaffinity(0))
+    workers = [threading.Thread(target=work, args=[core]) for core in cores]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+if __name__ == "__main__":
+    main()
