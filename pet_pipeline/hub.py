@@ -67,8 +67,8 @@ CIFAR10_IDS = ("uoft-cs/cifar10", "cifar10")
 TASK = "unconditional-image-generation"  # the Hub has no name for class-conditional generation
 # What a Space installs: the requirements of this package and those of its page; the Hub brings Gradio.
 SPACE_REQUIREMENTS = (
-    "torch>=2.13",
-    "torchvision>=0.28",
+    "torch>=2.11",
+    "torchvision>=0.26",
     "diffusers>=0.42.1",
     "accelerate>=1.15",
     "safetensors>=0.8",
