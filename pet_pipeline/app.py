@@ -302,20 +302,22 @@ def read_upload(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path, formats=UPLOAD_FORMATS) as image:
-            if image.width * image.height > MAX_UPLOAD_PIXELS:
-                raise ValueError(
-                    f"{path.name!r} has {image.width}×{image.height} pixels; this page takes images of up to "
-                    f"{MAX_UPLOAD_PIXELS // 10**6} million pixels."
-                )
-            try:
+            is_small = image.width * image.height <= MAX_UPLOAD_PIXELS
+            if is_small:
                 image.load()
-            except (OSError, SyntaxError, ValueError) as error:
-                raise ValueError(f"{path.name!r} cannot be read as an image: {error}") from None
-            return image
     except (Image.UnidentifiedImageError, Image.DecompressionBombError):
         raise ValueError(f"{path.name!r} is not an image in {', '.join(UPLOAD_FORMATS)} format.") from None
+    except (OSError, SyntaxError, ValueError) as error:  # at its header already, where a file is cut off
+        reason = getattr(error, "strerror", None) or error  # of the system's errors, without the path
+        raise ValueError(f"{path.name!r} cannot be read as an image: {reason}") from None
     finally:
         path.unlink(missing_ok=True)
+    if not is_small:
+        raise ValueError(
+            f"{path.name!r} has {image.width}×{image.height} pixels; this page takes images of up to "
+            f"{MAX_UPLOAD_PIXELS // 10**6} million pixels."
+        )
+    return image
 
 
 def example_images(

@@ -168,6 +168,9 @@ def test_an_upload_is_read_and_removed(tmp_path):
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image in JPEG, PNG"),
         (image_bytes(Image.new("RGB", (4, 4)), "TIFF"), "is not an image in JPEG, PNG"),
         (image_bytes(Image.effect_noise((64, 64), 50), "PNG")[:500], "cannot be read as an image"),
+        (image_bytes(Image.effect_noise((64, 64), 50), "PNG")[:20], "cannot be read as an image: Truncated"),
+        (image_bytes(Image.effect_noise((64, 64), 50), "JPEG")[:30], "cannot be read as an image: Truncated"),
+        (image_bytes(Image.effect_noise((64, 64), 50), "WEBP")[:90], "cannot be read as an image: could not"),
         (image_bytes(Image.new("1", (5000, 5000)), "PNG"), "has 5000×5000 pixels"),
         (image_bytes(Image.new("1", (20000, 20000)), "PNG"), "is not an image in|pixels"),
     ],
@@ -179,6 +182,9 @@ def test_a_bad_upload_is_one_message_and_removed(tmp_path, content, message):
         app.read_upload(path)
     assert str(tmp_path) not in str(error_info.value) and "\n" not in str(error_info.value)
     assert not path.exists()
+    with pytest.raises(ValueError, match="cannot be read as an image: No such file") as error_info:
+        app.read_upload(path)
+    assert str(tmp_path) not in str(error_info.value)
 
 
 def test_names_are_no_markup(model):
