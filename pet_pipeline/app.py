@@ -254,7 +254,9 @@ def sample(
     # Requests share the weights, but a scheduler keeps the state of a sampling.
     scheduler = scheduler_by_name(settings.scheduler, pipeline.scheduler)
     _, weights = guidance_weights(scheduler, settings)
-    pipe = PetDiffusionPipeline(pipeline.transformer, scheduler, id2label=pipeline.id2label)
+    # With names also for the classes that have none.
+    id2label = dict(enumerate(class_names(pipeline)))
+    pipe = PetDiffusionPipeline(pipeline.transformer, scheduler, id2label=id2label)
     pipe.set_progress_bar_config(disable=True)
     config = pipe.transformer.config
     generators = [generator for _ in names for generator in image_generators(number, seed)]

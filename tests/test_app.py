@@ -73,6 +73,15 @@ def test_evaluations_are_counted_as_the_model_sees_them(pipeline, scheduler):
         assert samples.step == samples.num_steps
 
 
+def test_classes_without_a_name_go_by_their_id(pipeline):
+    unnamed = PetDiffusionPipeline(pipeline.transformer, pipeline.scheduler, id2label={0: "cat"})
+    settings = app.Settings(3, negative_class="1")
+    samples = app.sample(unnamed, ["cat", "1"], 1, 0, settings)
+    expected = app.sample(pipeline, ["cat", "dog"], 1, 0, app.Settings(3, negative_class="dog"))
+    assert samples.rows["1"][0].tobytes() == expected.rows["dog"][0].tobytes()
+    app.build_app(PetDiffusionPipeline(pipeline.transformer, pipeline.scheduler))
+
+
 def test_each_step_is_reported_and_the_last_one_is_the_image(pipeline):
     reports = []
     samples = app.sample(pipeline, ["dog", "cat"], 2, 3, app.Settings(5), reports.append)
