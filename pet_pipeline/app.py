@@ -166,31 +166,36 @@ class Cancelled(Exception):
     """Raised in work that nobody waits for any more."""
 
 
-def stream(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
+def stream(
+    work: Callable[[Callable[[Any], None]], Any], closed: threading.Event | None = None
+) -> Iterator[Any]:
     """Runs work in a thread, and yields what it reports and at last what it returns.
 
-    If the iterator is closed before, the next report raises [`Cancelled`] in the work, which ends it. Python
-    waits for this thread when it exits, and not for those of Gradio.
+    Once the iterator is closed, the next report raises [`Cancelled`] in the work, which ends it. Closing does
+    not wait for that, as Gradio does it in its event loop. Python waits for this thread when it exits, and
+    not for those of Gradio.
 
     Args:
         work (callable): is given the function `report`, to be called with anything.
+        closed (`threading.Event`, *optional*): ends the work as well, once it is set.
     """
     reports: queue.SimpleQueue = queue.SimpleQueue()
     cancelled, end = threading.Event(), object()
 
     def report(item: Any) -> None:
-        if cancelled.is_set():
+        if cancelled.is_set() or (closed is not None and closed.is_set()):
             raise Cancelled
         reports.put(item)
 
-    with ThreadPoolExecutor(1) as executor:
-        try:
-            future = executor.submit(work, report)
-            future.add_done_callback(lambda _: reports.put(end))
-            yield from iter(reports.get, end)
-            yield future.result()
-        finally:
-            cancelled.set()
+    executor = ThreadPoolExecutor(1)
+    try:
+        future = executor.submit(work, report)
+        future.add_done_callback(lambda _: reports.put(end))
+        yield from iter(reports.get, end)
+        yield future.result()
+    finally:
+        cancelled.set()
+        executor.shutdown(wait=False)
 
 
 # Sampling
@@ -492,13 +497,18 @@ def request_inputs(names: list[str]) -> list[gr.components.Component]:
     ]
 
 
-def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = None) -> gr.Blocks:
+def build_app(
+    pipeline: PetDiffusionPipeline,
+    reference: "Reference | None" = None,
+    closed: threading.Event | None = None,
+) -> gr.Blocks:
     """Builds the page; [`serve`] serves it.
 
     Args:
         pipeline ([`PetDiffusionPipeline`]): the model.
         reference ([`Reference`], *optional*): its training images, in which the closest to a sample are
             looked for, and unseen ones, to classify.
+        closed (`threading.Event`, *optional*): ends the work on all requests, once it is set.
     """
     names = class_names(pipeline)
     model = model_settings(pipeline)
@@ -527,7 +537,7 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
         seed = random.randrange(2**31) if draw_seed else seed
         with shown_errors():
             settings = Settings.from_inputs(*values)
-            for samples in stream(partial(sample, pipeline, chosen, int(number), seed, settings)):
+            for samples in stream(partial(sample, pipeline, chosen, int(number), seed, settings), closed):
                 if samples.strip is None:
                     heading = f"<p>Step {samples.step} of {samples.num_steps}</p>"
                     # Said once, as later it would stand in place of "Cancelled".
@@ -542,7 +552,7 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
         strip = f'<div class="pet-wide" tabindex="0">{image_tag(samples.strip, text)}</div>'
         yield status, samples_html(samples, model), seed, strip, gr.skip()
         if reference is not None:
-            (found,) = stream(lambda report: neighbors_html(samples, reference.train.images))
+            (found,) = stream(lambda report: neighbors_html(samples, reference.train.images), closed)
             yield *[gr.skip()] * 4, found
 
     def compare(
@@ -555,7 +565,7 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
             return f'<div class="pet-columns">{"".join(finished)}{section}</div>'
 
         for title, settings in compared.items():
-            for samples in stream(partial(sample, pipeline, chosen, int(number), seed, settings)):
+            for samples in stream(partial(sample, pipeline, chosen, int(number), seed, settings), closed):
                 final = samples.strip is not None
                 about = f"{samples.evaluations} evaluations" if final else f"step {samples.step}"
                 section = (
@@ -736,7 +746,8 @@ def serve(
     with TemporaryDirectory(prefix="pet-pipeline-") as folder:
         before = os.environ.get("GRADIO_TEMP_DIR")
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build_app(pipeline, reference)
+        closed = threading.Event()
+        page = build_app(pipeline, reference, closed)
         try:
             _, url, _ = page.launch(
                 server_name=host,
@@ -757,6 +768,7 @@ def serve(
             )
             yield url
         finally:
+            closed.set()
             page.close(verbose=False)
             if before is None:
                 del os.environ["GRADIO_TEMP_DIR"]

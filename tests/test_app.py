@@ -5,6 +5,7 @@ import io
 import re
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -140,11 +141,44 @@ def test_work_that_nobody_waits_for_ends():
 
     running = app.stream(work)
     assert [next(running), next(running)] == [0, 1]
-    running.close()  # waits for the work
+    running.close()
+    time.sleep(0.05)
     count = len(steps)
     assert count < 10
     time.sleep(0.05)
     assert len(steps) == count
+
+
+def test_who_cancels_does_not_wait_for_the_work():
+    may_go_on = threading.Event()
+
+    def work(report):
+        report(1)
+        may_go_on.wait(10)
+        report(2)
+
+    running = app.stream(work)
+    assert next(running) == 1
+    began = time.perf_counter()
+    running.close()
+    assert time.perf_counter() - began < 5
+    may_go_on.set()
+
+
+def test_a_page_that_is_not_served_any_more_stops_its_work(pipeline):
+    evaluations = []
+    pipeline.transformer.register_forward_hook(lambda module, args, output: evaluations.append(None))
+    values = [["cat"], 1, 0, False, 100, 1.0, "constant", app.NO_CLASS, app.AS_SAVED]
+    with app.serve(pipeline) as url:
+        pipeline.transformer.register_forward_hook(lambda module, args, output: time.sleep(0.05))
+        evaluations.clear()
+        join_queue(url, "generate", values, "session")
+        while not evaluations:
+            time.sleep(0.01)
+    time.sleep(0.2)
+    count = len(evaluations)
+    time.sleep(0.2)
+    assert len(evaluations) == count < 90
 
 
 def test_work_gives_its_result_or_its_error():
