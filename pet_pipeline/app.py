@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from .image_metadata import save_image, weights_digest
-from .pipeline_pet_classification import PetClassificationPipeline
+from .pipeline_pet_classification import (
+    ClassificationEvidence,
+    PetClassificationOutput,
+    PetClassificationPipeline,
+)
 from .pipeline_pet_diffusion import GUIDANCE_SCHEDULES, PetDiffusionPipeline, guidance_weight
 from .schedulers import SCHEDULERS, scheduler_by_name
 from .visualization import (
@@ -52,6 +57,9 @@ MAX_QUEUE = 16
 MAX_UPLOAD_BYTES = 5 * 2**20
 MAX_UPLOAD_PIXELS = 2**24
 UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+# Of the classifier at once: as long as nobody can cancel it.
+CLASSIFIER_BATCH = 16
 
 COMPARED_STEPS = (5, 10, 20, 40)
 NUM_EXAMPLES = 8
@@ -327,6 +335,47 @@ def read_upload(path: Path) -> Image.Image:
     return image
 
 
+def classify(
+    classifier: PetClassificationPipeline,
+    image: Image.Image,
+    num_evaluations: int,
+    seed: int,
+    report: Callable[[int], None] = lambda evaluations: None,
+) -> PetClassificationOutput:
+    """Classifies an image, with evidence.
+
+    Args:
+        classifier ([`PetClassificationPipeline`]): what does it; it is not changed.
+        image (`Image.Image`): the image.
+        num_evaluations (`int`): evaluations for each class, an even number.
+        seed (`int`): of the noise.
+        report (callable, *optional*): called before each batch, with the number of evaluations so far.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    if not 2 <= num_evaluations <= MAX_EVALUATIONS:
+        raise ValueError(f"Evaluations for each class have to be from 2 to {MAX_EVALUATIONS}.")
+    check_seed(seed)
+    evaluations = 0
+
+    def pixel_errors(*args: torch.Tensor) -> torch.Tensor:
+        nonlocal evaluations
+        report(evaluations)
+        evaluations += 2 * len(args[-1])  # with +ε and with -ε
+        return classifier.pixel_errors(*args)
+
+    reporting = copy(classifier)
+    reporting.pixel_errors = pixel_errors
+    return reporting(
+        image,
+        num_evaluations=num_evaluations,
+        batch_size=CLASSIFIER_BATCH,
+        generator=torch.Generator().manual_seed(seed),
+        return_evidence=True,
+    )
+
+
 def example_images(
     pipeline: PetDiffusionPipeline, reference: "Reference | None" = None
 ) -> list[tuple[Image.Image, str]]:
@@ -425,6 +474,21 @@ def samples_html(samples: Samples, model: dict[str, str] | None = None) -> str:
             parts.append(tag)
         parts.append("</div>")
     return "".join(parts)
+
+
+def evidence_html(image: Image.Image, evidence: ClassificationEvidence, names: list[str]) -> str:
+    """Shows why an image is classified as it is; `names` are those of the classes, by id."""
+    best, second = evidence.labels
+    pictures = {
+        "What the model sees": image_tag(image, "The image as the model sees it", "pet-pixels"),
+        f"Red speaks for {best}, blue for {second}": image_tag(
+            evidence_map(evidence), f"Where the image speaks for {best} or {second}", "pet-pixels"
+        ),
+        "The smaller the error of its denoiser, the better a class explains the image": image_tag(
+            error_figure(evidence, names), "Errors of each class by noise level"
+        ),
+    }
+    return f'<div class="pet-figures">{figures_html(pictures)}</div>'
 
 
 def neighbors_html(samples: Samples, training_images: torch.Tensor) -> str:
@@ -606,39 +670,22 @@ def build_app(
     def take_example(event: gr.EventData) -> Image.Image:
         return examples[event.index][0]
 
-    def classify(image: Image.Image | None, num_evaluations: float, seed: int) -> tuple:
+    def explain(image: Image.Image | None, num_evaluations: float, seed: int) -> Iterator[tuple]:
         with shown_errors():
             if image is None:
                 raise ValueError("Drop an image first, or choose one of the examples.")
-            if not 2 <= num_evaluations <= MAX_EVALUATIONS:
-                raise ValueError(f"Evaluations for each class have to be from 2 to {MAX_EVALUATIONS}.")
-            check_seed(seed)
             began = time.perf_counter()
-            (output,) = stream(
-                lambda report: classifier(
-                    image,
-                    num_evaluations=int(num_evaluations),
-                    generator=torch.Generator().manual_seed(seed),
-                    return_evidence=True,
-                )
-            )
-            seconds = time.perf_counter() - began
-        (label,), (evidence,) = output.labels, output.evidence
-        best, second = evidence.labels
+            for found in stream(partial(classify, classifier, image, int(num_evaluations), seed), closed):
+                if isinstance(found, int):
+                    total = int(num_evaluations) * len(names)
+                    status = "Comparing the classes …" if found == 0 else gr.skip()
+                    yield status, None, f"<p>{found} of {total} evaluations</p>"
+        (label,), (evidence,) = found.labels, found.evidence
         status = (
-            f"{html.escape(label)}: {output.probabilities[0][label]:.1%}, after {output.num_evaluations[0]} "
-            f"evaluations of the model in {seconds:.1f} s."
+            f"{html.escape(label)}: {found.probabilities[0][label]:.1%}, after {found.num_evaluations[0]} "
+            f"evaluations of the model in {time.perf_counter() - began:.1f} s."
         )
-        pictures = {
-            "What the model sees": image_tag(image, "The image as the model sees it", "pet-pixels"),
-            f"Red speaks for {best}, blue for {second}": image_tag(
-                evidence_map(evidence), f"Where the image speaks for {best} or {second}", "pet-pixels"
-            ),
-            "The smaller the error of its denoiser, the better a class explains the image": image_tag(
-                error_figure(evidence, names), "Errors of each class by noise level"
-            ),
-        }
-        return status, output.probabilities[0], f'<div class="pet-figures">{figures_html(pictures)}</div>'
+        yield status, found.probabilities[0], evidence_html(image, evidence, names)
 
     model_events: dict[str, Any] = {
         "concurrency_id": "model",
@@ -702,11 +749,10 @@ def build_app(
                 # Only its path goes to the function, which has to remove it; Gradio's own way leaves a file.
                 upload.preprocess = lambda file: Path(file.path)
                 choices = gr.HTML(examples_html(examples), js_on_load=CHOOSING)
-                effort = gr.Slider(
-                    2, MAX_EVALUATIONS, 32, step=2, label="Evaluations for each class", info="at most"
-                )
+                effort = gr.Slider(2, MAX_EVALUATIONS, 32, step=2, label="Evaluations for each class")
                 seed = gr.Number(0, label="Seed of the noise", precision=0, minimum=0, maximum=MAX_SEED)
-                again = gr.Button("Classify again")
+                with gr.Row():
+                    again, cancel = gr.Button("Classify again"), gr.Button("Cancel")
             with gr.Column(scale=3, min_width=300):
                 status = gr.HTML(js_on_load=ANNOUNCED)
                 shares = gr.Label(label="Probabilities")
@@ -718,9 +764,14 @@ def build_app(
             upload.upload(take_upload, upload, [image, upload], api_visibility="private"),
             choices.select(take_example, None, image, **light_events),
         ]
-        for choice in taken:
-            choice.success(classify, inputs, outputs, show_progress_on=status, **model_events)
-        again.click(classify, inputs, outputs, show_progress_on=status, **model_events)
+        events = [
+            # An image that is chosen while another is classified is the next.
+            trigger(
+                explain, inputs, outputs, show_progress_on=status, trigger_mode="always_last", **model_events
+            )
+            for trigger in (*(choice.success for choice in taken), again.click)
+        ]
+        cancel.click(lambda: "Cancelled.", None, status, cancels=events, **light_events)
     return page.queue(max_size=MAX_QUEUE, api_open=False)
 
 

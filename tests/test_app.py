@@ -187,6 +187,37 @@ def test_work_gives_its_result_or_its_error():
         list(app.stream(lambda report: int("x") if report(1) else (_ for _ in ()).throw(ValueError("wrong"))))
 
 
+# Classification
+
+
+def test_classification_tells_how_far_it_is_and_can_be_ended(pipeline):
+    classifier = PetClassificationPipeline.from_pipe(pipeline)
+    image, reports = Image.effect_noise((8, 8), 50), []
+    output = app.classify(classifier, image, 32, 3, reports.append)
+    assert reports == list(range(0, output.num_evaluations[0], app.CLASSIFIER_BATCH))
+    alone = classifier(
+        image, num_evaluations=32, generator=torch.Generator().manual_seed(3), return_evidence=True
+    )
+    assert output.probabilities[0] == pytest.approx(alone.probabilities[0], abs=1e-4)
+    assert "pixel_errors" not in vars(classifier)
+    evaluations = []
+    pipeline.transformer.register_forward_hook(lambda *args: evaluations.append(time.sleep(0.05)))
+    running = app.stream(lambda report: app.classify(classifier, image, 256, 0, report))
+    next(running)
+    running.close()
+    time.sleep(0.3)
+    assert len(evaluations) <= 2
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [((0, 0), "from 2 to 256"), ((258, 0), "from 2 to 256"), ((3, 0), "even number"), ((2, None), "seed")],
+)
+def test_a_classification_that_is_out_of_bounds_is_refused(pipeline, request_, message):
+    with pytest.raises(ValueError, match=message):
+        app.classify(PetClassificationPipeline.from_pipe(pipeline), Image.new("RGB", (8, 8)), *request_)
+
+
 # Uploads and HTML
 
 
@@ -516,6 +547,35 @@ def test_classify_in_the_page(server, open_page, image_folder):
     first = status.inner_text()
     page.get_by_role("button", name="Example 4, unseen dog").press("Enter")
     page.wait_for_function("([text, old]) => text.innerText != old", arg=[status.element_handle(), first])
+
+
+def test_the_image_that_was_chosen_last_is_classified(server, open_page):
+    page = open_page()
+    page.get_by_role("tab", name="Classify").click()
+    server.delay = 0.2
+    page.get_by_role("button", name="Example 1,").click()
+    page.get_by_text("of 64 evaluations").wait_for()
+    page.get_by_role("button", name="Example 4,").click()
+    chosen = page.get_by_role("img", name=re.compile("^Example 4,")).get_attribute("src")
+    page.wait_for_function("src => document.querySelector('.pet-pixels')?.src == src", arg=chosen)
+
+
+def test_a_classification_is_cancelled_and_ends_with_its_page(server, open_page):
+    page = open_page()
+    page.get_by_role("tab", name="Classify").click()
+    set_number(page, "number input for Evaluations for each class", 256)
+    server.delay = 0.2
+    page.get_by_role("button", name="Example 1,").click()
+    page.get_by_text(re.compile("16 of 512 evaluations")).wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_text("Cancelled.").wait_for()
+    server.wait_until_idle()
+    assert server.evaluations < 20
+    page.get_by_role("button", name="Classify again").click()
+    page.get_by_text(re.compile("16 of 512 evaluations")).wait_for()
+    page.close()
+    server.wait_until_idle()
+    assert server.evaluations < 40
 
 
 @pytest.mark.parametrize(
