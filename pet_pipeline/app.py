@@ -695,7 +695,9 @@ def build_app(
     light_events: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     with gr.Blocks(title="pet_pipeline", analytics_enabled=False, delete_cache=(60, 600)) as page:
         size = pipeline.transformer.config.sample_size
-        gr.Markdown(f"# pet_pipeline\nImages of {size}×{size} pixels by diffusion: {', '.join(names)}.")
+        about = f"Images of {size}×{size} pixels by diffusion: {', '.join(names)}."
+        # In Markdown a name could load an image.
+        gr.HTML(f"<h1>pet_pipeline</h1><p>{html.escape(about)}</p>", padding=False)
         with gr.Tab("Generate"), gr.Row():
             with gr.Column(scale=2, min_width=300):
                 request = request_inputs(names)

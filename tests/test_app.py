@@ -262,11 +262,19 @@ def test_a_bad_upload_is_one_message_and_removed(tmp_path, content, message):
 
 
 def test_names_are_no_markup(model):
-    name = '<b>"cat"'
+    name = '<b>"cat" ![](https://example.com)'
     pipeline = PetDiffusionPipeline(model, AdaptiveEDMScheduler(), id2label={0: name, 1: "dog"})
     samples = app.sample(pipeline, [name], 1, 0, app.Settings(1))
     for text in (app.samples_html(samples, {}), app.examples_html([(samples.rows[name][0], name)])):
         assert "<b>" not in text and "&lt;b&gt;&quot;cat&quot;" in text
+    contents = [
+        (component["type"], component["props"].get("value") or "")
+        for component in app.build_app(pipeline).config["components"]
+    ]
+    assert not [text for kind, text in contents if kind == "html" and "<b>" in text]
+    # An image in Markdown is no HTML, and would be fetched.
+    assert not [text for kind, text in contents if kind == "markdown" and "cat" in text]
+    assert [text for kind, text in contents if kind == "html" and "by diffusion: &lt;b&gt;" in text]
 
 
 def test_a_copy_of_a_training_image_is_told(pipeline):
