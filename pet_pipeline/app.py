@@ -576,7 +576,7 @@ def build_app(
     """
     names = class_names(pipeline)
     model = model_settings(pipeline)
-    # It keeps no state of a call.
+    # Not `from_pipe`, whose cast to the precision that it has already is warned of.
     classifier = PetClassificationPipeline(
         pipeline.transformer,
         pipeline.scheduler,
@@ -604,9 +604,10 @@ def build_app(
             for samples in stream(partial(sample, pipeline, chosen, int(number), seed, settings), closed):
                 if samples.strip is None:
                     heading = f"<p>Step {samples.step} of {samples.num_steps}</p>"
-                    # Said once, as later it would stand in place of "Cancelled".
-                    status = "Drawing …" if samples.step == 1 else gr.skip()
-                    yield status, heading + samples_html(samples), seed, gr.skip(), gr.skip()
+                    # Said once, as later it would stand in place of "Cancelled"; what belongs to the images
+                    # before goes.
+                    status, rest = ("Drawing …", "") if samples.step == 1 else (gr.skip(), gr.skip())
+                    yield status, heading + samples_html(samples), seed, rest, rest
         count = sum(len(row) for row in samples.rows.values())
         status = (
             f"{count} images in {samples.seconds:.1f} s, {samples.evaluations} evaluations of the model for "

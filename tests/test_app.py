@@ -501,7 +501,14 @@ def test_cancel_stops_the_work(server, open_page):
     assert not page.get_by_role("link", name="Download").count()
     server.delay = 0.0
     page.get_by_role("button", name="Generate").click()
-    page.get_by_role("link", name="Download").first.wait_for()
+    page.get_by_role("img", name="training image 1 closest to cat").first.wait_for()
+    assert page.get_by_role("link", name="Download").count()
+    # Beside images that are drawn stands nothing of those before.
+    server.delay = 0.1
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text(re.compile("Step [2-9] of 100")).wait_for()
+    assert not page.get_by_role("img", name=re.compile("at every step|closest")).count()
+    page.get_by_role("button", name="Cancel").click()
 
 
 def test_a_page_that_is_closed_stops_its_work(server, open_page):
