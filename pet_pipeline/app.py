@@ -760,7 +760,7 @@ def build_app(
                 status = gr.HTML(js_on_load=ANNOUNCED)
                 shares = gr.Label(label="Probabilities")
                 why = gr.HTML()
-        image = gr.State(time_to_live=600)
+        image = gr.State()
         inputs, outputs = [image, effort, seed], [status, shares, why]
         taken = [
             # Not a light event: of those, Gradio does not show the errors.

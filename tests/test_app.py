@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import re
 import sys
 import tempfile
@@ -259,6 +260,11 @@ def test_a_bad_upload_is_one_message_and_removed(tmp_path, content, message):
     with pytest.raises(ValueError, match="cannot be read as an image: No such file") as error_info:
         app.read_upload(path)
     assert str(tmp_path) not in str(error_info.value)
+
+
+def test_a_chosen_image_stays_as_long_as_its_page(pipeline):
+    blocks = app.build_app(pipeline).blocks.values()
+    assert [block.time_to_live for block in blocks if isinstance(block, gradio.State)] == [math.inf]
 
 
 def test_names_are_no_markup(model):
