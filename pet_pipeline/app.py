@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from .image_metadata import save_image, weights_digest
-from .pipeline_pet_classification import PetClassificationPipeline
+from .pipeline_pet_classification import (
+    ClassificationEvidence,
+    PetClassificationOutput,
+    PetClassificationPipeline,
+)
 from .pipeline_pet_diffusion import GUIDANCE_SCHEDULES, PetDiffusionPipeline, guidance_weight
 from .schedulers import SCHEDULERS, scheduler_by_name
 from .visualization import (
@@ -52,6 +57,9 @@ MAX_QUEUE = 16
 MAX_UPLOAD_BYTES = 5 * 2**20
 MAX_UPLOAD_PIXELS = 2**24
 UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+# Of the classifier at once: as long as nobody can cancel it.
+CLASSIFIER_BATCH = 16
 
 COMPARED_STEPS = (5, 10, 20, 40)
 NUM_EXAMPLES = 8
@@ -166,31 +174,36 @@ class Cancelled(Exception):
     """Raised in work that nobody waits for any more."""
 
 
-def stream(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
+def stream(
+    work: Callable[[Callable[[Any], None]], Any], closed: threading.Event | None = None
+) -> Iterator[Any]:
     """Runs work in a thread, and yields what it reports and at last what it returns.
 
-    If the iterator is closed before, the next report raises [`Cancelled`] in the work, which ends it. Python
-    waits for this thread when it exits, and not for those of Gradio.
+    Once the iterator is closed, the next report raises [`Cancelled`] in the work, which ends it. Closing does
+    not wait for that, as Gradio does it in its event loop. Python waits for this thread when it exits, and
+    not for those of Gradio.
 
     Args:
         work (callable): is given the function `report`, to be called with anything.
+        closed (`threading.Event`, *optional*): ends the work as well, once it is set.
     """
     reports: queue.SimpleQueue = queue.SimpleQueue()
     cancelled, end = threading.Event(), object()
 
     def report(item: Any) -> None:
-        if cancelled.is_set():
+        if cancelled.is_set() or (closed is not None and closed.is_set()):
             raise Cancelled
         reports.put(item)
 
-    with ThreadPoolExecutor(1) as executor:
-        try:
-            future = executor.submit(work, report)
-            future.add_done_callback(lambda _: reports.put(end))
-            yield from iter(reports.get, end)
-            yield future.result()
-        finally:
-            cancelled.set()
+    executor = ThreadPoolExecutor(1)
+    try:
+        future = executor.submit(work, report)
+        future.add_done_callback(lambda _: reports.put(end))
+        yield from iter(reports.get, end)
+        yield future.result()
+    finally:
+        cancelled.set()
+        executor.shutdown(wait=False)
 
 
 # Sampling
@@ -254,7 +267,9 @@ def sample(
     # Requests share the weights, but a scheduler keeps the state of a sampling.
     scheduler = scheduler_by_name(settings.scheduler, pipeline.scheduler)
     _, weights = guidance_weights(scheduler, settings)
-    pipe = PetDiffusionPipeline(pipeline.transformer, scheduler, id2label=pipeline.id2label)
+    # With names also for the classes that have none.
+    id2label = dict(enumerate(class_names(pipeline)))
+    pipe = PetDiffusionPipeline(pipeline.transformer, scheduler, id2label=id2label)
     pipe.set_progress_bar_config(disable=True)
     config = pipe.transformer.config
     generators = [generator for _ in names for generator in image_generators(number, seed)]
@@ -302,20 +317,63 @@ def read_upload(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path, formats=UPLOAD_FORMATS) as image:
-            if image.width * image.height > MAX_UPLOAD_PIXELS:
-                raise ValueError(
-                    f"{path.name!r} has {image.width}×{image.height} pixels; this page takes images of up to "
-                    f"{MAX_UPLOAD_PIXELS // 10**6} million pixels."
-                )
-            try:
+            is_small = image.width * image.height <= MAX_UPLOAD_PIXELS
+            if is_small:
                 image.load()
-            except (OSError, SyntaxError, ValueError) as error:
-                raise ValueError(f"{path.name!r} cannot be read as an image: {error}") from None
-            return image
     except (Image.UnidentifiedImageError, Image.DecompressionBombError):
         raise ValueError(f"{path.name!r} is not an image in {', '.join(UPLOAD_FORMATS)} format.") from None
+    except (OSError, SyntaxError, ValueError) as error:  # at its header already, where a file is cut off
+        reason = getattr(error, "strerror", None) or error  # of the system's errors, without the path
+        raise ValueError(f"{path.name!r} cannot be read as an image: {reason}") from None
     finally:
         path.unlink(missing_ok=True)
+    if not is_small:
+        raise ValueError(
+            f"{path.name!r} has {image.width}×{image.height} pixels; this page takes images of up to "
+            f"{MAX_UPLOAD_PIXELS // 10**6} million pixels."
+        )
+    return image
+
+
+def classify(
+    classifier: PetClassificationPipeline,
+    image: Image.Image,
+    num_evaluations: int,
+    seed: int,
+    report: Callable[[int], None] = lambda evaluations: None,
+) -> PetClassificationOutput:
+    """Classifies an image, with evidence.
+
+    Args:
+        classifier ([`PetClassificationPipeline`]): what does it; it is not changed.
+        image (`Image.Image`): the image.
+        num_evaluations (`int`): evaluations for each class, an even number.
+        seed (`int`): of the noise.
+        report (callable, *optional*): called before each batch, with the number of evaluations so far.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    if not 2 <= num_evaluations <= MAX_EVALUATIONS:
+        raise ValueError(f"Evaluations for each class have to be from 2 to {MAX_EVALUATIONS}.")
+    check_seed(seed)
+    evaluations = 0
+
+    def pixel_errors(*args: torch.Tensor) -> torch.Tensor:
+        nonlocal evaluations
+        report(evaluations)
+        evaluations += 2 * len(args[-1])  # with +ε and with -ε
+        return classifier.pixel_errors(*args)
+
+    reporting = copy(classifier)
+    reporting.pixel_errors = pixel_errors
+    return reporting(
+        image,
+        num_evaluations=num_evaluations,
+        batch_size=CLASSIFIER_BATCH,
+        generator=torch.Generator().manual_seed(seed),
+        return_evidence=True,
+    )
 
 
 def example_images(
@@ -418,6 +476,21 @@ def samples_html(samples: Samples, model: dict[str, str] | None = None) -> str:
     return "".join(parts)
 
 
+def evidence_html(image: Image.Image, evidence: ClassificationEvidence, names: list[str]) -> str:
+    """Shows why an image is classified as it is; `names` are those of the classes, by id."""
+    best, second = evidence.labels
+    pictures = {
+        "What the model sees": image_tag(image, "The image as the model sees it", "pet-pixels"),
+        f"Red speaks for {best}, blue for {second}": image_tag(
+            evidence_map(evidence), f"Where the image speaks for {best} or {second}", "pet-pixels"
+        ),
+        "The smaller the error of its denoiser, the better a class explains the image": image_tag(
+            error_figure(evidence, names), "Errors of each class by noise level"
+        ),
+    }
+    return f'<div class="pet-figures">{figures_html(pictures)}</div>'
+
+
 def neighbors_html(samples: Samples, training_images: torch.Tensor) -> str:
     """Shows the training images closest to each sample.
 
@@ -488,17 +561,22 @@ def request_inputs(names: list[str]) -> list[gr.components.Component]:
     ]
 
 
-def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = None) -> gr.Blocks:
+def build_app(
+    pipeline: PetDiffusionPipeline,
+    reference: "Reference | None" = None,
+    closed: threading.Event | None = None,
+) -> gr.Blocks:
     """Builds the page; [`serve`] serves it.
 
     Args:
         pipeline ([`PetDiffusionPipeline`]): the model.
         reference ([`Reference`], *optional*): its training images, in which the closest to a sample are
             looked for, and unseen ones, to classify.
+        closed (`threading.Event`, *optional*): ends the work on all requests, once it is set.
     """
     names = class_names(pipeline)
     model = model_settings(pipeline)
-    # It keeps no state of a call.
+    # Not `from_pipe`, whose cast to the precision that it has already is warned of.
     classifier = PetClassificationPipeline(
         pipeline.transformer,
         pipeline.scheduler,
@@ -523,12 +601,13 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
         seed = random.randrange(2**31) if draw_seed else seed
         with shown_errors():
             settings = Settings.from_inputs(*values)
-            for samples in stream(partial(sample, pipeline, chosen, int(number), seed, settings)):
+            for samples in stream(partial(sample, pipeline, chosen, int(number), seed, settings), closed):
                 if samples.strip is None:
                     heading = f"<p>Step {samples.step} of {samples.num_steps}</p>"
-                    # Said once, as later it would stand in place of "Cancelled".
-                    status = "Drawing …" if samples.step == 1 else gr.skip()
-                    yield status, heading + samples_html(samples), seed, gr.skip(), gr.skip()
+                    # Said once, as later it would stand in place of "Cancelled"; what belongs to the images
+                    # before goes.
+                    status, rest = ("Drawing …", "") if samples.step == 1 else (gr.skip(), gr.skip())
+                    yield status, heading + samples_html(samples), seed, rest, rest
         count = sum(len(row) for row in samples.rows.values())
         status = (
             f"{count} images in {samples.seconds:.1f} s, {samples.evaluations} evaluations of the model for "
@@ -538,7 +617,7 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
         strip = f'<div class="pet-wide" tabindex="0">{image_tag(samples.strip, text)}</div>'
         yield status, samples_html(samples, model), seed, strip, gr.skip()
         if reference is not None:
-            (found,) = stream(lambda report: neighbors_html(samples, reference.train.images))
+            (found,) = stream(lambda report: neighbors_html(samples, reference.train.images), closed)
             yield *[gr.skip()] * 4, found
 
     def compare(
@@ -551,7 +630,7 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
             return f'<div class="pet-columns">{"".join(finished)}{section}</div>'
 
         for title, settings in compared.items():
-            for samples in stream(partial(sample, pipeline, chosen, int(number), seed, settings)):
+            for samples in stream(partial(sample, pipeline, chosen, int(number), seed, settings), closed):
                 final = samples.strip is not None
                 about = f"{samples.evaluations} evaluations" if final else f"step {samples.step}"
                 section = (
@@ -592,39 +671,22 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
     def take_example(event: gr.EventData) -> Image.Image:
         return examples[event.index][0]
 
-    def classify(image: Image.Image | None, num_evaluations: float, seed: int) -> tuple:
+    def explain(image: Image.Image | None, num_evaluations: float, seed: int) -> Iterator[tuple]:
         with shown_errors():
             if image is None:
                 raise ValueError("Drop an image first, or choose one of the examples.")
-            if not 2 <= num_evaluations <= MAX_EVALUATIONS:
-                raise ValueError(f"Evaluations for each class have to be from 2 to {MAX_EVALUATIONS}.")
-            check_seed(seed)
             began = time.perf_counter()
-            (output,) = stream(
-                lambda report: classifier(
-                    image,
-                    num_evaluations=int(num_evaluations),
-                    generator=torch.Generator().manual_seed(seed),
-                    return_evidence=True,
-                )
-            )
-            seconds = time.perf_counter() - began
-        (label,), (evidence,) = output.labels, output.evidence
-        best, second = evidence.labels
+            for found in stream(partial(classify, classifier, image, int(num_evaluations), seed), closed):
+                if isinstance(found, int):
+                    total = int(num_evaluations) * len(names)
+                    status = "Comparing the classes …" if found == 0 else gr.skip()
+                    yield status, None, f"<p>{found} of {total} evaluations</p>"
+        (label,), (evidence,) = found.labels, found.evidence
         status = (
-            f"{html.escape(label)}: {output.probabilities[0][label]:.1%}, after {output.num_evaluations[0]} "
-            f"evaluations of the model in {seconds:.1f} s."
+            f"{html.escape(label)}: {found.probabilities[0][label]:.1%}, after {found.num_evaluations[0]} "
+            f"evaluations of the model in {time.perf_counter() - began:.1f} s."
         )
-        pictures = {
-            "What the model sees": image_tag(image, "The image as the model sees it", "pet-pixels"),
-            f"Red speaks for {best}, blue for {second}": image_tag(
-                evidence_map(evidence), f"Where the image speaks for {best} or {second}", "pet-pixels"
-            ),
-            "The smaller the error of its denoiser, the better a class explains the image": image_tag(
-                error_figure(evidence, names), "Errors of each class by noise level"
-            ),
-        }
-        return status, output.probabilities[0], f'<div class="pet-figures">{figures_html(pictures)}</div>'
+        yield status, found.probabilities[0], evidence_html(image, evidence, names)
 
     model_events: dict[str, Any] = {
         "concurrency_id": "model",
@@ -634,7 +696,9 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
     light_events: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     with gr.Blocks(title="pet_pipeline", analytics_enabled=False, delete_cache=(60, 600)) as page:
         size = pipeline.transformer.config.sample_size
-        gr.Markdown(f"# pet_pipeline\nImages of {size}×{size} pixels by diffusion: {', '.join(names)}.")
+        about = f"Images of {size}×{size} pixels by diffusion: {', '.join(names)}."
+        # In Markdown a name could load an image.
+        gr.HTML(f"<h1>pet_pipeline</h1><p>{html.escape(about)}</p>", padding=False)
         with gr.Tab("Generate"), gr.Row():
             with gr.Column(scale=2, min_width=300):
                 request = request_inputs(names)
@@ -688,25 +752,29 @@ def build_app(pipeline: PetDiffusionPipeline, reference: "Reference | None" = No
                 # Only its path goes to the function, which has to remove it; Gradio's own way leaves a file.
                 upload.preprocess = lambda file: Path(file.path)
                 choices = gr.HTML(examples_html(examples), js_on_load=CHOOSING)
-                effort = gr.Slider(
-                    2, MAX_EVALUATIONS, 32, step=2, label="Evaluations for each class", info="at most"
-                )
+                effort = gr.Slider(2, MAX_EVALUATIONS, 32, step=2, label="Evaluations for each class")
                 seed = gr.Number(0, label="Seed of the noise", precision=0, minimum=0, maximum=MAX_SEED)
-                again = gr.Button("Classify again")
+                with gr.Row():
+                    again, cancel = gr.Button("Classify again"), gr.Button("Cancel")
             with gr.Column(scale=3, min_width=300):
                 status = gr.HTML(js_on_load=ANNOUNCED)
                 shares = gr.Label(label="Probabilities")
                 why = gr.HTML()
-        image = gr.State(time_to_live=600)
+        image = gr.State()
         inputs, outputs = [image, effort, seed], [status, shares, why]
         taken = [
             # Not a light event: of those, Gradio does not show the errors.
             upload.upload(take_upload, upload, [image, upload], api_visibility="private"),
             choices.select(take_example, None, image, **light_events),
         ]
-        for choice in taken:
-            choice.success(classify, inputs, outputs, show_progress_on=status, **model_events)
-        again.click(classify, inputs, outputs, show_progress_on=status, **model_events)
+        events = [
+            # An image that is chosen while another is classified is the next.
+            trigger(
+                explain, inputs, outputs, show_progress_on=status, trigger_mode="always_last", **model_events
+            )
+            for trigger in (*(choice.success for choice in taken), again.click)
+        ]
+        cancel.click(lambda: "Cancelled.", None, status, cancels=events, **light_events)
     return page.queue(max_size=MAX_QUEUE, api_open=False)
 
 
@@ -732,7 +800,8 @@ def serve(
     with TemporaryDirectory(prefix="pet-pipeline-") as folder:
         before = os.environ.get("GRADIO_TEMP_DIR")
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build_app(pipeline, reference)
+        closed = threading.Event()
+        page = build_app(pipeline, reference, closed)
         try:
             _, url, _ = page.launch(
                 server_name=host,
@@ -753,6 +822,7 @@ def serve(
             )
             yield url
         finally:
+            closed.set()
             page.close(verbose=False)
             if before is None:
                 del os.environ["GRADIO_TEMP_DIR"]

@@ -2,9 +2,11 @@
 
 import base64
 import io
+import math
 import re
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -73,6 +75,15 @@ def test_evaluations_are_counted_as_the_model_sees_them(pipeline, scheduler):
         assert samples.step == samples.num_steps
 
 
+def test_classes_without_a_name_go_by_their_id(pipeline):
+    unnamed = PetDiffusionPipeline(pipeline.transformer, pipeline.scheduler, id2label={0: "cat"})
+    settings = app.Settings(3, negative_class="1")
+    samples = app.sample(unnamed, ["cat", "1"], 1, 0, settings)
+    expected = app.sample(pipeline, ["cat", "dog"], 1, 0, app.Settings(3, negative_class="dog"))
+    assert samples.rows["1"][0].tobytes() == expected.rows["dog"][0].tobytes()
+    app.build_app(PetDiffusionPipeline(pipeline.transformer, pipeline.scheduler))
+
+
 def test_each_step_is_reported_and_the_last_one_is_the_image(pipeline):
     reports = []
     samples = app.sample(pipeline, ["dog", "cat"], 2, 3, app.Settings(5), reports.append)
@@ -131,17 +142,81 @@ def test_work_that_nobody_waits_for_ends():
 
     running = app.stream(work)
     assert [next(running), next(running)] == [0, 1]
-    running.close()  # waits for the work
+    running.close()
+    time.sleep(0.05)
     count = len(steps)
     assert count < 10
     time.sleep(0.05)
     assert len(steps) == count
 
 
+def test_who_cancels_does_not_wait_for_the_work():
+    may_go_on = threading.Event()
+
+    def work(report):
+        report(1)
+        may_go_on.wait(10)
+        report(2)
+
+    running = app.stream(work)
+    assert next(running) == 1
+    began = time.perf_counter()
+    running.close()
+    assert time.perf_counter() - began < 5
+    may_go_on.set()
+
+
+def test_a_page_that_is_not_served_any_more_stops_its_work(pipeline):
+    evaluations = []
+    pipeline.transformer.register_forward_hook(lambda module, args, output: evaluations.append(None))
+    values = [["cat"], 1, 0, False, 100, 1.0, "constant", app.NO_CLASS, app.AS_SAVED]
+    with app.serve(pipeline) as url:
+        pipeline.transformer.register_forward_hook(lambda module, args, output: time.sleep(0.05))
+        evaluations.clear()
+        join_queue(url, "generate", values, "session")
+        while not evaluations:
+            time.sleep(0.01)
+    time.sleep(0.2)
+    count = len(evaluations)
+    time.sleep(0.2)
+    assert len(evaluations) == count < 90
+
+
 def test_work_gives_its_result_or_its_error():
     assert list(app.stream(lambda report: [report(1), report(2), 3][-1])) == [1, 2, 3]
     with pytest.raises(ValueError, match="wrong"):
         list(app.stream(lambda report: int("x") if report(1) else (_ for _ in ()).throw(ValueError("wrong"))))
+
+
+# Classification
+
+
+def test_classification_tells_how_far_it_is_and_can_be_ended(pipeline):
+    classifier = PetClassificationPipeline.from_pipe(pipeline)
+    image, reports = Image.effect_noise((8, 8), 50), []
+    output = app.classify(classifier, image, 32, 3, reports.append)
+    assert reports == list(range(0, output.num_evaluations[0], app.CLASSIFIER_BATCH))
+    alone = classifier(
+        image, num_evaluations=32, generator=torch.Generator().manual_seed(3), return_evidence=True
+    )
+    assert output.probabilities[0] == pytest.approx(alone.probabilities[0], abs=1e-4)
+    assert "pixel_errors" not in vars(classifier)
+    evaluations = []
+    pipeline.transformer.register_forward_hook(lambda *args: evaluations.append(time.sleep(0.05)))
+    running = app.stream(lambda report: app.classify(classifier, image, 256, 0, report))
+    next(running)
+    running.close()
+    time.sleep(0.3)
+    assert len(evaluations) <= 2
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [((0, 0), "from 2 to 256"), ((258, 0), "from 2 to 256"), ((3, 0), "even number"), ((2, None), "seed")],
+)
+def test_a_classification_that_is_out_of_bounds_is_refused(pipeline, request_, message):
+    with pytest.raises(ValueError, match=message):
+        app.classify(PetClassificationPipeline.from_pipe(pipeline), Image.new("RGB", (8, 8)), *request_)
 
 
 # Uploads and HTML
@@ -168,6 +243,9 @@ def test_an_upload_is_read_and_removed(tmp_path):
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image in JPEG, PNG"),
         (image_bytes(Image.new("RGB", (4, 4)), "TIFF"), "is not an image in JPEG, PNG"),
         (image_bytes(Image.effect_noise((64, 64), 50), "PNG")[:500], "cannot be read as an image"),
+        (image_bytes(Image.effect_noise((64, 64), 50), "PNG")[:20], "cannot be read as an image: Truncated"),
+        (image_bytes(Image.effect_noise((64, 64), 50), "JPEG")[:30], "cannot be read as an image: Truncated"),
+        (image_bytes(Image.effect_noise((64, 64), 50), "WEBP")[:90], "cannot be read as an image: could not"),
         (image_bytes(Image.new("1", (5000, 5000)), "PNG"), "has 5000×5000 pixels"),
         (image_bytes(Image.new("1", (20000, 20000)), "PNG"), "is not an image in|pixels"),
     ],
@@ -179,14 +257,30 @@ def test_a_bad_upload_is_one_message_and_removed(tmp_path, content, message):
         app.read_upload(path)
     assert str(tmp_path) not in str(error_info.value) and "\n" not in str(error_info.value)
     assert not path.exists()
+    with pytest.raises(ValueError, match="cannot be read as an image: No such file") as error_info:
+        app.read_upload(path)
+    assert str(tmp_path) not in str(error_info.value)
+
+
+def test_a_chosen_image_stays_as_long_as_its_page(pipeline):
+    blocks = app.build_app(pipeline).blocks.values()
+    assert [block.time_to_live for block in blocks if isinstance(block, gradio.State)] == [math.inf]
 
 
 def test_names_are_no_markup(model):
-    name = '<b>"cat"'
+    name = '<b>"cat" ![](https://example.com)'
     pipeline = PetDiffusionPipeline(model, AdaptiveEDMScheduler(), id2label={0: name, 1: "dog"})
     samples = app.sample(pipeline, [name], 1, 0, app.Settings(1))
     for text in (app.samples_html(samples, {}), app.examples_html([(samples.rows[name][0], name)])):
         assert "<b>" not in text and "&lt;b&gt;&quot;cat&quot;" in text
+    contents = [
+        (component["type"], component["props"].get("value") or "")
+        for component in app.build_app(pipeline).config["components"]
+    ]
+    assert not [text for kind, text in contents if kind == "html" and "<b>" in text]
+    # An image in Markdown is no HTML, and would be fetched.
+    assert not [text for kind, text in contents if kind == "markdown" and "cat" in text]
+    assert [text for kind, text in contents if kind == "html" and "by diffusion: &lt;b&gt;" in text]
 
 
 def test_a_copy_of_a_training_image_is_told(pipeline):
@@ -413,7 +507,14 @@ def test_cancel_stops_the_work(server, open_page):
     assert not page.get_by_role("link", name="Download").count()
     server.delay = 0.0
     page.get_by_role("button", name="Generate").click()
-    page.get_by_role("link", name="Download").first.wait_for()
+    page.get_by_role("img", name="training image 1 closest to cat").first.wait_for()
+    assert page.get_by_role("link", name="Download").count()
+    # Beside images that are drawn stands nothing of those before.
+    server.delay = 0.1
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text(re.compile("Step [2-9] of 100")).wait_for()
+    assert not page.get_by_role("img", name=re.compile("at every step|closest")).count()
+    page.get_by_role("button", name="Cancel").click()
 
 
 def test_a_page_that_is_closed_stops_its_work(server, open_page):
@@ -467,6 +568,35 @@ def test_classify_in_the_page(server, open_page, image_folder):
     first = status.inner_text()
     page.get_by_role("button", name="Example 4, unseen dog").press("Enter")
     page.wait_for_function("([text, old]) => text.innerText != old", arg=[status.element_handle(), first])
+
+
+def test_the_image_that_was_chosen_last_is_classified(server, open_page):
+    page = open_page()
+    page.get_by_role("tab", name="Classify").click()
+    server.delay = 0.2
+    page.get_by_role("button", name="Example 1,").click()
+    page.get_by_text("of 64 evaluations").wait_for()
+    page.get_by_role("button", name="Example 4,").click()
+    chosen = page.get_by_role("img", name=re.compile("^Example 4,")).get_attribute("src")
+    page.wait_for_function("src => document.querySelector('.pet-pixels')?.src == src", arg=chosen)
+
+
+def test_a_classification_is_cancelled_and_ends_with_its_page(server, open_page):
+    page = open_page()
+    page.get_by_role("tab", name="Classify").click()
+    set_number(page, "number input for Evaluations for each class", 256)
+    server.delay = 0.2
+    page.get_by_role("button", name="Example 1,").click()
+    page.get_by_text(re.compile("16 of 512 evaluations")).wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_text("Cancelled.").wait_for()
+    server.wait_until_idle()
+    assert server.evaluations < 20
+    page.get_by_role("button", name="Classify again").click()
+    page.get_by_text(re.compile("16 of 512 evaluations")).wait_for()
+    page.close()
+    server.wait_until_idle()
+    assert server.evaluations < 40
 
 
 @pytest.mark.parametrize(
