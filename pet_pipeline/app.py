@@ -383,7 +383,8 @@ def example_images(
     names = class_names(pipeline)
     if reference is None:
         number = max(1, NUM_EXAMPLES // len(names))
-        drawn = sample(pipeline, names[:NUM_EXAMPLES], number, 0, Settings()).rows
+        # In few steps, as the page waits for them.
+        drawn = sample(pipeline, names[:NUM_EXAMPLES], number, 0, Settings(8)).rows
         return [(image, f"drawn as {name}") for name, row in drawn.items() for image in row]
     from .evaluation import balanced_subset
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -51,18 +52,27 @@ def attention_seconds(attention_type: str, tokens: int) -> tuple[float, float]:
 
 
 def peak_memory(attention_type: str, tokens: int) -> float:
-    """MiB that forward and backward add to the peak of a process of their own."""
+    """MiB that forward and backward add to the memory of a process of their own, at their peak; on Linux."""
     code = (
-        "import resource, sys, torch; sys.path.insert(0, 'tests/benchmarks')\n"
-        "from measure_speed import attention_seconds\n"
+        "import sys; sys.path.insert(0, 'tests/benchmarks')\n"
+        "from measure_speed import attention_seconds, memory\n"
         "attention_seconds('linear', 64)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak begins anew
+        "before = memory('VmRSS')\n"
         f"attention_seconds({attention_type!r}, {tokens})\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
+        "print(memory('VmHWM') - before)\n"
     )
     return float(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     )
+
+
+def memory(name: str) -> float:
+    """Memory of this process in MiB, by its name in `/proc/self/status`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) / 1024
+    raise ValueError(f"This system does not know {name}.")
 
 
 def measure_attention() -> None:
