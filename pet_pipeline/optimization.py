@@ -17,8 +17,17 @@ class BatchedMuon(torch.optim.Muon):
     """`torch.optim.Muon`, which takes the matrices of one shape together and on CPUs works in float32.
 
     PyTorch's orthogonalises one matrix after the other, in bfloat16: on a GPU that is a launch for each small
-    product, and many CPUs are slower in bfloat16. Arguments and state are those of `torch.optim.Muon`.
+    product, and many CPUs are slower in bfloat16. Arguments and state are those of `torch.optim.Muon`;
+    rates are adjusted to the shapes in its default way only.
+
+    Raises:
+        ValueError: if `adjust_lr_fn` asks for another way.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if any(group["adjust_lr_fn"] not in (None, "original") for group in self.param_groups):
+            raise ValueError("`adjust_lr_fn` has to be None or 'original'.")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

@@ -91,6 +91,8 @@ def test_batched_muon_steps_as_muon_does(nesterov):
     state, expected = (optimizer.state_dict() for optimizer in optimizers)
     assert state["state"].keys() == expected["state"].keys()
     assert state["param_groups"] == expected["param_groups"]
+    with pytest.raises(ValueError, match="adjust_lr_fn"):
+        BatchedMuon(ours, adjust_lr_fn="match_rms_adamw")
 
 
 def test_orthogonalize_brings_singular_values_near_one():
