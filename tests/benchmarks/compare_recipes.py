@@ -1,7 +1,7 @@
 """Trains variants of the recipe and baselines, one on each core at a time; prints a Markdown row for each.
 
-    python tests/benchmarks/compare_recipes.py --dataset_name uoft-cs/cifar10 --max_train_steps 500 \
-        --seeds 0 1
+    python tests/benchmarks/compare_recipes.py --dataset_name uoft-cs/cifar10 --max_train_images 32000 \
+        --num_images 0
     python tests/benchmarks/compare_recipes.py --dataset_name uoft-cs/cifar10 --max_train_minutes 25 \
         --runs reference dit unet --num_images 1000
 
@@ -41,6 +41,7 @@ RUNS: dict[str, list[str]] = {
     "adamw-2e-3": [*OURS, "--optimizer", "adamw", "--learning_rate", "2e-3"],
     "muon-0.01": [*OURS, "--muon_learning_rate", "0.01"],
     "muon-0.04": [*OURS, "--muon_learning_rate", "0.04"],
+    "patch-2": [*OURS, "--model_config", '{"patch_size": 2, "attention_head_dim": 32}'],
     "batch-32": [*OURS, "--train_batch_size", "32"],
     "batch-128": [*OURS, "--train_batch_size", "128"],
 }
@@ -54,11 +55,11 @@ def train_and_measure(name: str, seed: int, core: int | None, args: argparse.Nam
         RuntimeError: if either fails; the log in the output folder says why.
     """
     folder = args.out / f"{name}-{seed}"
-    length = (
-        ["--max_train_minutes", str(args.max_train_minutes)]
-        if args.max_train_minutes
-        else ["--max_train_steps", str(args.max_train_steps)]
-    )
+    if args.max_train_minutes:
+        length = ["--max_train_minutes", str(args.max_train_minutes)]
+    else:
+        batch = dict(zip(RUNS[name], RUNS[name][1:])).get("--train_batch_size", 64)
+        length = ["--max_train_steps", str(args.max_train_images // int(batch))]
     never = str(10**9)
     words = ["--dataset_name", args.dataset_name, "--seed", str(seed), "--output_dir", str(folder), *length]
     words += ["--validation_steps", never, "--preview_steps", never, "--checkpointing_steps", never]
@@ -76,7 +77,7 @@ def train_and_measure(name: str, seed: int, core: int | None, args: argparse.Nam
     environment = os.environ if core is None else {**os.environ, "OMP_NUM_THREADS": "1"}
     memory = 0
     with (args.out / f"{name}-{seed}.log").open("w") as log:
-        for command in ([*RUNS[name], *words], measure):
+        for command in ([*RUNS[name], *words], measure)[: 2 if args.num_images else 1]:
             process = subprocess.Popen(
                 [sys.executable, *command], stdout=log, stderr=log, env=environment, preexec_fn=pin
             )
@@ -91,9 +92,10 @@ def train_and_measure(name: str, seed: int, core: int | None, args: argparse.Nam
     record["images/s"] = last["images"] / last["seconds"]
     record["MiB"] = memory
     record["validation loss"] = [r for r in records if "validation/loss" in r][-1]["validation/loss"]
-    measures = json.loads((folder / "measures.json").read_text())
-    record["FD-EffLite0"] = measures["fd_efflite0"]
-    record["KID-EffLite0 ×10³"] = 1000 * measures["kid_efflite0"]
+    if args.num_images:
+        measures = json.loads((folder / "measures.json").read_text())
+        record["FD-EffLite0"] = measures["fd_efflite0"]
+        record["KID-EffLite0 ×10³"] = 1000 * measures["kid_efflite0"]
     return record
 
 
@@ -128,9 +130,9 @@ def main() -> None:
     parser.add_argument("--cache_dir")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="RUN")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--max_train_steps", type=int, default=500)
-    parser.add_argument("--max_train_minutes", type=float, help="equal times instead of equal steps")
-    parser.add_argument("--num_images", type=int, default=500, help="samples of each, without guidance")
+    parser.add_argument("--max_train_images", type=int, default=32000, help="that each run sees")
+    parser.add_argument("--max_train_minutes", type=float, help="equal times instead of equal numbers")
+    parser.add_argument("--num_images", type=int, default=500, help="samples of each, no guidance; 0: none")
     parser.add_argument("--on_gpu", action="store_true", help="one run at a time, not bound to a core")
     parser.add_argument("--out", type=Path, default=Path("comparison"))
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # how it calls itself
@@ -152,7 +154,7 @@ def main() -> None:
 
     def show(record: dict[str, Any]) -> None:
         formats = ["{:,}", "{:.1f}", "{:.1f}", "{:.0f}", "{:.4f}", "{:.1f}", "{:.1f}"]
-        cells = [form.format(record[column]) for form, column in zip(formats, COLUMNS)]
+        cells = [form.format(record[key]) if key in record else "" for form, key in zip(formats, COLUMNS)]
         print(f"| `{record['name']}` | {record['seed']} | " + " | ".join(cells) + " |", flush=True)
 
     def work(core: int | None) -> None:
