@@ -27,6 +27,7 @@ BASELINE = str(BENCHMARKS / "train_baseline.py")
 RUNS: dict[str, list[str]] = {
     "reference": OURS,
     "dit": [BASELINE, "dit"],
+    "dit-lr-3e-3": [BASELINE, "dit", "--learning_rate", "3e-3"],
     "dit-adamw": [BASELINE, "dit", "--optimizer", "adamw"],
     "unet": [BASELINE, "unet", "--optimizer", "adamw", "--learning_rate", "2e-3"],
     "mse": [*OURS, "--loss", "mse"],
@@ -39,6 +40,8 @@ RUNS: dict[str, list[str]] = {
     "long-skips": [*OURS, "--model_config", '{"long_skips": true}'],
     "adamw-1e-3": [*OURS, "--optimizer", "adamw", "--learning_rate", "1e-3"],
     "adamw-2e-3": [*OURS, "--optimizer", "adamw", "--learning_rate", "2e-3"],
+    "lr-3e-3": [*OURS, "--learning_rate", "3e-3"],
+    "lr-1e-2": [*OURS, "--learning_rate", "1e-2"],
     "muon-0.01": [*OURS, "--muon_learning_rate", "0.01"],
     "muon-0.04": [*OURS, "--muon_learning_rate", "0.04"],
     "patch-2": [*OURS, "--model_config", '{"patch_size": 2, "attention_head_dim": 32}'],
