@@ -384,7 +384,7 @@ def example_images(
     if reference is None:
         number = max(1, NUM_EXAMPLES // len(names))
         # In few steps, as the page waits for them.
-        drawn = sample(pipeline, names[:NUM_EXAMPLES], number, 0, Settings(8)).rows
+        drawn = sample(pipeline, names[:NUM_EXAMPLES], number, 0, Settings(steps=8)).rows
         return [(image, f"drawn as {name}") for name, row in drawn.items() for image in row]
     from .evaluation import balanced_subset
 

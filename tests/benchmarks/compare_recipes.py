@@ -73,6 +73,10 @@ def train_and_measure(name: str, seed: int, core: int | None, args: argparse.Nam
     if args.cache_dir:
         measure += ["--cache_dir", args.cache_dir]
 
+    commands = [[*RUNS[name], *words]]
+    if args.num_images:
+        commands.append(measure)
+
     def pin() -> None:
         if core is not None:
             os.sched_setaffinity(0, {core})
@@ -80,7 +84,7 @@ def train_and_measure(name: str, seed: int, core: int | None, args: argparse.Nam
     environment = os.environ if core is None else {**os.environ, "OMP_NUM_THREADS": "1"}
     memory = 0
     with (args.out / f"{name}-{seed}.log").open("w") as log:
-        for command in ([*RUNS[name], *words], measure)[: 2 if args.num_images else 1]:
+        for command in commands:
             process = subprocess.Popen(
                 [sys.executable, *command], stdout=log, stderr=log, env=environment, preexec_fn=pin
             )
