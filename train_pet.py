@@ -65,6 +65,7 @@ from pet_pipeline.losses import PRESETS as LOSS_PRESETS
 from pet_pipeline.metrics import validation_loss
 from pet_pipeline.optimization import create_optimizer, learning_rate_factor
 from pet_pipeline.transformer_pet import PRESETS as MODEL_PRESETS
+from pet_pipeline.transformer_pet import frequency_variances
 from pet_pipeline.visualization import denoising_strip, loss_curves, sample_grid, step_comparison
 
 
@@ -113,6 +114,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="start from this saved pipeline, its weights and its noise levels, instead of a preset; classes "
         "are matched by name, new ones start afresh",
     )
+    group.add_argument(
+        "--frequency_preconditioning",
+        action=flag,
+        default=True,
+        help="measure the images' frequencies and leave to a new model what they do not tell",
+    )
     group.add_argument("--gradient_checkpointing", action=flag, default=False, help="less memory, more time")
 
     group = parser.add_argument_group("noise and loss")
@@ -150,7 +157,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--muon_learning_rate", type=float, default=0.02, help="for matrices of the transformer blocks"
     )
-    group.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW")
+    group.add_argument("--learning_rate", type=float, default=3e-3, help="of AdamW")
     group.add_argument(
         "--lr_scheduler",
         choices=["constant", "linear", "cosine", "trapezoid"],
@@ -425,9 +432,18 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         transformer = match_classes(pretrained, dataset.class_names).train()
         scheduler = AdaptiveEDMScheduler.from_config(pretrained.scheduler.config, **scheduler_config)
     else:
-        model_config = {"sample_size": args.resolution, "num_classes": num_classes, **args.model_config}
-        transformer = PetTransformer2DModel.from_preset(args.preset, **model_config)
         scheduler = AdaptiveEDMScheduler(prediction_type=args.prediction_type, **scheduler_config)
+        model_config = {
+            "sample_size": args.resolution,
+            "num_classes": num_classes,
+            "sigma_data": scheduler.config.sigma_data,
+            "prediction_type": args.prediction_type,
+            **args.model_config,
+        }
+        if args.frequency_preconditioning and "frequency_variances" not in model_config:
+            patch_size = model_config.get("patch_size", MODEL_PRESETS[args.preset]["patch_size"])
+            model_config["frequency_variances"] = frequency_variances(train_set.images, patch_size)
+        transformer = PetTransformer2DModel.from_preset(args.preset, **model_config)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     loss_function = BalancedAdaptiveLoss(

@@ -97,7 +97,7 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         muon_parameters (`list` of 2D `nn.Parameter`): for [`BatchedMuon`].
         adamw_parameters (`list` of `nn.Parameter`): for `torch.optim.AdamW`.
-        muon_lr (`float`, defaults to 0.02), adamw_lr (`float`, defaults to 1e-3): learning rates.
+        muon_lr (`float`, defaults to 0.02), adamw_lr (`float`, defaults to 3e-3): learning rates.
         weight_decay (`float`, defaults to 0.0): decoupled weight decay of both.
         betas (`tuple`, defaults to `(0.9, 0.99)`), eps (`float`, defaults to 1e-8): of AdamW.
     """
@@ -107,7 +107,7 @@ class MuonAdamW(torch.optim.Optimizer):
         muon_parameters: list[nn.Parameter],
         adamw_parameters: list[nn.Parameter],
         muon_lr: float = 0.02,
-        adamw_lr: float = 1e-3,
+        adamw_lr: float = 3e-3,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
@@ -150,7 +150,7 @@ def create_optimizer(
     loss: nn.Module,
     name: str = "muon",
     muon_learning_rate: float = 0.02,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-3,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.99),
     eps: float = 1e-8,
@@ -161,7 +161,7 @@ def create_optimizer(
         model (`nn.Module`): the denoiser; the matrices in its `transformer_blocks` are Muon's.
         loss (`nn.Module`): the loss, whose learned weighting is trained beside it.
         name (`str`, defaults to `"muon"`): `"muon"` for [`MuonAdamW`], `"adamw"` for AdamW alone.
-        muon_learning_rate (`float`, defaults to 0.02), learning_rate (`float`, defaults to 1e-3): for Muon
+        muon_learning_rate (`float`, defaults to 0.02), learning_rate (`float`, defaults to 3e-3): for Muon
             and AdamW.
         weight_decay (`float`, defaults to 0.0), betas (`tuple`), eps (`float`): see [`MuonAdamW`].
 

@@ -4,13 +4,14 @@ Patch embedding and fixed 2D sinusoidal positions feed a stack of blocks, each a
 (Katharopoulos et al. 2020) and a gated feed-forward with a depth-wise convolution (Shi 2023, "TransNeXt"),
 both modulated by the noise level and the class through adaLN-zero (Peebles and Xie 2022, "DiT"). The output
 is the sum of a direct linear path from the tokens to the pixels and of a convolutional decoder that refines
-it at patch resolution.
+it at patch resolution. Where the mean squares of the data's frequencies are known, all of this learns only
+what they do not tell: see `frequency_variances`.
 
 This file travels inside every saved checkpoint: it imports PyTorch, diffusers and the standard library only.
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 MAX_PARAMETERS = 2_000_000_000  # 8 GB in float32
 MAX_LAYERS = 1000
 MAX_IMAGE_VALUES = 2**24  # channels × height × width
+MAX_FREQUENCIES = 4096  # channels × patch size², where each has a variance
 
 
 class PetAttention(nn.Module):
@@ -117,6 +119,12 @@ def rms_normalize(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states * (hidden_states.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Keeps autocast from sending float32 matrix products back to 16 bits."""
+    is_cast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if is_cast else nullcontext()
+
+
 def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """ReLU linear attention in float32 (Katharopoulos et al. 2020, equation 5), O(T·D²) instead of O(T²·D).
 
@@ -126,12 +134,8 @@ def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     Returns:
         `torch.Tensor` of the shape of `value`, in float32.
     """
-    # Autocast would send float32 matrix products back to 16 bits, where a sum over many tokens loses its
-    # small terms.
-    device_type = query.device.type
-    is_cast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    exact = torch.autocast(device_type, enabled=False) if is_cast else nullcontext()
-    with exact:
+    # A sum over many tokens would lose its small terms in 16 bits.
+    with without_autocast(query.device.type):
         query, key, value = F.relu(query.float()), F.relu(key.float()), value.float()
         # Means instead of sums: the same ratio, at any number of tokens in range.
         state = torch.einsum("nthd,nthe->nhde", key, value) / key.shape[1]
@@ -237,24 +241,33 @@ class PetDecoder(nn.Module):
 
     Args:
         dim (`int`): channels of the tokens.
-        in_channels (`int`): channels of the image.
+        image_channels (`int`): channels of the noisy image.
+        out_channels (`int`): channels of the prediction.
         patch_size (`int`): pixels per token side.
         channels (`int`): width of the decoder.
         num_layers (`int`): residual blocks.
     """
 
-    def __init__(self, dim: int, in_channels: int, patch_size: int, channels: int, num_layers: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        image_channels: int,
+        out_channels: int,
+        patch_size: int,
+        channels: int,
+        num_layers: int,
+    ) -> None:
         super().__init__()
         self.pixel_factor = 2 if patch_size % 2 == 0 else 1
         self.token_factor = patch_size // self.pixel_factor
         self.proj_in = nn.Linear(dim, channels * self.token_factor**2)
-        self.conv_skip = nn.Conv2d(in_channels * self.pixel_factor**2, channels, 3, padding=1)
+        self.conv_skip = nn.Conv2d(image_channels * self.pixel_factor**2, channels, 3, padding=1)
         self.blocks = nn.ModuleList([PetResidualBlock(channels) for _ in range(num_layers)])
         self.norm_out = nn.GroupNorm(num_groups(channels), channels)
-        self.conv_out = nn.Conv2d(channels, in_channels * self.pixel_factor**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, out_channels * self.pixel_factor**2, 3, padding=1)
 
     def forward(self, tokens: torch.Tensor, image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Decodes `(batch, height * width, dim)` tokens, beside the noisy image, to an image of its shape."""
+        """Decodes `(batch, height * width, dim)` tokens, beside the noisy image, to an image of its size."""
         hidden_states = tokens_to_grid(self.proj_in(tokens), height, width)
         hidden_states = F.pixel_shuffle(hidden_states, self.token_factor)
         hidden_states = hidden_states + self.conv_skip(F.pixel_unshuffle(image, self.pixel_factor))
@@ -275,13 +288,71 @@ def grid_to_tokens(grid: torch.Tensor) -> torch.Tensor:
     return grid.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def dct_matrix(channels: int, patch_size: int, device: str | torch.device | None = None) -> torch.Tensor:
+    """Orthonormal cosine transform (DCT-II) of a patch over channels, rows and columns.
+
+    Returns:
+        `torch.Tensor` of shape `(K, K)`, K = `channels * patch_size**2`, float32: frequencies by values, both
+        with the channel first. The transform of three channels separates brightness from colour.
+    """
+    matrices = []
+    for size in (channels, patch_size):
+        index = torch.arange(size, device=device, dtype=torch.float32)
+        matrix = torch.cos(math.pi / size * (index + 0.5) * index.unsqueeze(1)) * math.sqrt(2 / size)
+        matrix[0] /= math.sqrt(2)
+        matrices.append(matrix)
+    over_channels, over_pixels = matrices
+    return torch.kron(over_channels, torch.kron(over_pixels, over_pixels))
+
+
+def transform_patches(images: torch.Tensor, matrix: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Coefficients of every patch, `(N, K, rows, columns)` in float32, for a matrix of [`dct_matrix`]."""
+    with without_autocast(images.device.type):
+        return torch.einsum("kc,nchw->nkhw", matrix, F.pixel_unshuffle(images.float(), patch_size))
+
+
+def restore_patches(coefficients: torch.Tensor, matrix: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Images of shape `(N, channels, height, width)` from what [`transform_patches`] returned."""
+    with without_autocast(coefficients.device.type):
+        return F.pixel_shuffle(torch.einsum("kc,nkhw->nchw", matrix, coefficients), patch_size)
+
+
+def frequency_variances(images: torch.Tensor, patch_size: int) -> list[float]:
+    """Measures the configuration entry `frequency_variances` of [`PetTransformer2DModel`] on training images.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, channels, height, width)`): uint8, or floats in [-1, 1].
+        patch_size (`int`): of the model.
+
+    Returns:
+        `list[float]`: mean squares of the patches' cosine coefficients, to four digits.
+
+    Raises:
+        ValueError: if the images are no whole number of patches.
+    """
+    height, width = images.shape[2:]
+    if not isinstance(patch_size, int) or patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"`patch_size` has to divide the height and width of the images, but {patch_size!r} does not "
+            f"divide {height}×{width}."
+        )
+    matrix = dct_matrix(images.shape[1], patch_size, images.device)
+    total = torch.zeros(len(matrix), dtype=torch.float64, device=images.device)
+    for batch in images.split(1000):
+        batch = batch / 127.5 - 1 if batch.dtype == torch.uint8 else batch
+        squares = transform_patches(batch, matrix, patch_size).square()
+        total += squares.mean((2, 3)).sum(0, dtype=torch.float64)
+    return [float(f"{variance:.4g}") for variance in (total / len(images)).tolist()]
+
+
 def num_groups(channels: int) -> int:
     """Groups of at least 8 channels, at most 32 of them, that divide `channels`."""
     return next(groups for groups in range(min(32, max(1, channels // 8)), 0, -1) if channels % groups == 0)
 
 
 def count_parameters(
-    in_channels: int,
+    image_channels: int,
+    out_channels: int,
     num_classes: int,
     patch_size: int,
     num_layers: int,
@@ -292,8 +363,8 @@ def count_parameters(
     decoder_layers: int,
 ) -> int:
     """Returns the number of parameters of a [`PetTransformer2DModel`] that is not built yet."""
-    patch_values = patch_size**2 * in_channels
-    embeddings = (patch_values + 1) * dim + (256 + dim + 2) * dim + (num_classes + 1) * dim
+    patch_values = patch_size**2 * out_channels
+    embeddings = (patch_size**2 * image_channels + 1) * dim + (256 + dim + 2) * dim + (num_classes + 1) * dim
     attention = 3 * dim**2 + 10 * dim + (dim + 1) * dim
     feed_forward = (dim + 1) * 2 * feed_forward_dim + 10 * feed_forward_dim + (feed_forward_dim + 1) * dim
     blocks = num_layers * ((dim + 1) * 6 * dim + attention + feed_forward)
@@ -302,10 +373,10 @@ def count_parameters(
     decoder = 0
     if decoder_layers:
         pixel_factor = 2 if patch_size % 2 == 0 else 1
-        pixel_values = in_channels * pixel_factor**2
+        pixel_values = out_channels * pixel_factor**2
         decoder = (
             (dim + 1) * decoder_channels * (patch_size // pixel_factor) ** 2
-            + (9 * pixel_values + 1) * decoder_channels
+            + (9 * image_channels * pixel_factor**2 + 1) * decoder_channels
             + decoder_layers * 2 * ((9 * decoder_channels + 1) * decoder_channels + 2 * decoder_channels)
             + 2 * decoder_channels
             + (9 * decoder_channels + 1) * pixel_values
@@ -340,6 +411,15 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         decoder_layers (`int`, defaults to 1): residual blocks of the decoder; 0 leaves only the direct linear
             path.
         dropout (`float`, defaults to 0.0): dropout inside the blocks.
+        frequency_variances (`list[float]`, *optional*): mean square of each cosine coefficient of the data's
+            patches, `in_channels * patch_size**2` of them, as the function of the same name measures them.
+            Given them, the output of the layers is scaled to, and added to, the estimate that is best for
+            Gaussian data of these variances: the preconditioning of EDM, with a variance for each frequency
+            in place of one for all. The layers then see the image also in units of the noise. Without them
+            the images go in and out as they are.
+        sigma_data (`float`, defaults to 0.5): the scheduler's; only `frequency_variances` needs to know it.
+        prediction_type (`str`, defaults to `"epsilon"`): the scheduler's, `"epsilon"` or `"v_prediction"`;
+            likewise.
 
     Raises:
         ValueError: if an argument is out of range; the message names it.
@@ -367,6 +447,9 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         decoder_channels: int = 32,
         decoder_layers: int = 1,
         dropout: float = 0.0,
+        frequency_variances: list[float] | None = None,
+        sigma_data: float = 0.5,
+        prediction_type: str = "epsilon",
     ) -> None:
         super().__init__()
         for name in (
@@ -384,7 +467,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 raise ValueError(f"`{name}` has to be a positive integer, but is {value!r}.")
         if not isinstance(decoder_layers, int) or isinstance(decoder_layers, bool) or decoder_layers < 0:
             raise ValueError(f"`decoder_layers` has to be a non-negative integer, but is {decoder_layers!r}.")
-        for name in ("feed_forward_ratio", "dropout"):
+        for name in ("feed_forward_ratio", "dropout", "sigma_data"):
             value = getattr(self.config, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise ValueError(f"`{name}` has to be a number, but is {value!r}.")
@@ -400,6 +483,12 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(
                 f"`feed_forward_ratio` has to be positive and finite, but is {feed_forward_ratio!r}."
             )
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(f"`sigma_data` has to be positive and finite, but is {sigma_data!r}.")
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"`prediction_type` has to be 'epsilon' or 'v_prediction', but is {prediction_type!r}."
+            )
         if not 0 <= dropout < 1:
             raise ValueError(f"`dropout` has to be in [0, 1), but is {dropout!r}.")
         inner_dim = num_attention_heads * attention_head_dim
@@ -413,13 +502,33 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 raise ValueError(
                     f"`{name}` has to be at most {MAX_LAYERS:,}, but is {getattr(self.config, name):,}."
                 )
+        if frequency_variances is not None:
+            num_frequencies = in_channels * patch_size**2
+            if not isinstance(frequency_variances, (list, tuple)) or not all(
+                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+                for value in frequency_variances
+            ):
+                raise ValueError("`frequency_variances` has to be a list of finite numbers, none negative.")
+            if num_frequencies > MAX_FREQUENCIES:
+                raise ValueError(
+                    f"`frequency_variances` is for at most {MAX_FREQUENCIES:,} frequencies, but patches of "
+                    f"{patch_size} have {num_frequencies:,}."
+                )
+            if len(frequency_variances) != num_frequencies:
+                raise ValueError(
+                    "`frequency_variances` has to have `in_channels` × `patch_size`² = "
+                    f"{num_frequencies} values, but has {len(frequency_variances)}."
+                )
         num_values = in_channels * sample_size**2
         if num_values > MAX_IMAGE_VALUES:
             raise ValueError(
                 f"`in_channels` × `sample_size`² has to be at most {MAX_IMAGE_VALUES:,}, but is "
                 f"{num_values:,}."
             )
+        # Beside the image in units of its own, the layers see it in units of the noise.
+        image_channels = in_channels if frequency_variances is None else 2 * in_channels
         num_parameters = count_parameters(
+            image_channels,
             in_channels,
             num_classes,
             patch_size,
@@ -440,7 +549,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         # Positions are added in `forward`: as a buffer they would be rounded by `.to(torch.bfloat16)`, but
         # not by loading in that precision.
         self.patch_embed = PatchEmbed(
-            sample_size, sample_size, patch_size, in_channels, embed_dim=inner_dim, pos_embed_type=None
+            sample_size, sample_size, patch_size, image_channels, embed_dim=inner_dim, pos_embed_type=None
         )
         self.time_embedding = TimestepEmbedding(256, inner_dim)
         self.class_embedding = nn.Embedding(num_classes + 1, inner_dim)
@@ -463,7 +572,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.modulation_out = nn.Linear(inner_dim, 2 * inner_dim)
         self.proj_out = nn.Linear(inner_dim, patch_size**2 * in_channels)
         self.decoder = (
-            PetDecoder(inner_dim, in_channels, patch_size, decoder_channels, decoder_layers)
+            PetDecoder(inner_dim, image_channels, in_channels, patch_size, decoder_channels, decoder_layers)
             if decoder_layers
             else None
         )
@@ -554,6 +663,33 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             device=device,
         ).float()
 
+    def precondition(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""Scales of each frequency: EDM's preconditioning (Karras et al. 2022, equation 7) for its variance.
+
+        With $\lambda$ of `frequency_variances` and $\sigma = e^{4 c_{noise}}$, the denoised image is the best
+        linear estimate $x \lambda / (\lambda + \sigma^2)$ (Wiener 1949) plus the output of the layers times
+        $\sigma \sqrt{\lambda / (\lambda + \sigma^2)}$, the error of that estimate on Gaussian data. Both are
+        expressed here by $c_{in} x$ and in $F$, as they are for EDM with $\sigma_d$ = `sigma_data`. Where all
+        $\lambda = \sigma_d^2$ nothing changes.
+
+        Args:
+            timestep (`torch.Tensor` of shape `(batch,)`): $c_{noise}$.
+
+        Returns:
+            `tuple`: scales of the image and of the output of the layers as parts of $F$, each of shape
+            `(batch, frequencies, 1, 1)`, float32.
+        """
+        variances = torch.tensor(self.config.frequency_variances, device=timestep.device)
+        # What does not vary in the data at all is not known better than to a fraction of a grey level.
+        variances = variances.clamp(min=1e-6).reshape(-1, 1, 1)
+        sigmas = (4 * timestep.float()).exp().reshape(-1, 1, 1, 1)
+        sigma_data = self.config.sigma_data
+        sign = 1 if self.config.prediction_type == "epsilon" else -1
+        totals = variances + sigmas**2
+        scale_skip = sign * sigmas * (variances - sigma_data**2) / (sigma_data * totals)
+        scale_out = (variances * (sigmas**2 + sigma_data**2) / totals).sqrt() / sigma_data
+        return scale_skip, scale_out
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -590,9 +726,18 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"{image_height}×{image_width}."
             )
         height, width = image_height // patch_size, image_width // patch_size
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1).expand(batch)
+        if self.config.frequency_variances is not None:
+            dct = dct_matrix(channels, patch_size, hidden_states.device)
+            coefficients = transform_patches(hidden_states, dct, patch_size)  # (N, K, rows, columns)
+            scale_skip, scale_out = self.precondition(timestep)
+            # What is faint is seen in units of the noise, what is strong by its logarithm.
+            sigmas = (4 * timestep.float()).exp().reshape(-1, 1, 1, 1)
+            signal_to_noise = coefficients * (1 + (self.config.sigma_data / sigmas) ** 2).sqrt()
+            compressed = restore_patches(signal_to_noise.asinh() / 2, dct, patch_size)
+            hidden_states = torch.cat([hidden_states, compressed.to(hidden_states.dtype)], dim=1)
         image = hidden_states
 
-        timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1).expand(batch)
         # c_noise spans about [-1.6, 1.1]: frequencies from 0.25 to 25 radians per unit resolve it without
         # aliasing.
         frequencies = get_timestep_embedding(
@@ -628,6 +773,10 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         sample = F.pixel_shuffle(tokens_to_grid(self.proj_out(hidden_states), height, width), patch_size)
         if self.decoder is not None:
             sample = sample + self.decoder(hidden_states, image, height, width).to(sample.device)
+        if self.config.frequency_variances is not None:
+            refinement = transform_patches(sample.to(image.device), dct, patch_size)
+            output = restore_patches(coefficients * scale_skip + refinement * scale_out, dct, patch_size)
+            sample = output.to(sample.dtype)
 
         if not return_dict:
             return (sample,)

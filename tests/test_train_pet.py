@@ -17,6 +17,8 @@ import pet_pipeline.scheduling_adaptive_edm as train_pet_scheduler
 import train_pet
 from pet_pipeline import PetDiffusionPipeline
 from pet_pipeline.checkpointing import find_checkpoint, list_checkpoints
+from pet_pipeline.data import load_image_dataset, stratified_split
+from pet_pipeline.transformer_pet import frequency_variances
 
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +91,15 @@ def test_a_run_leaves_a_pipeline_that_loads_and_draws(finished_run):
     assert pipe("dog", num_inference_steps=3).images[0].size == (8, 8)
     assert (finished_run / "transformer" / "diffusion_pytorch_model.safetensors").exists()
     assert (finished_run / "best" / "model_index.json").exists()
+
+
+def test_a_run_measures_the_frequencies_of_its_images(finished_run, image_folder, tmp_path):
+    config = PetDiffusionPipeline.from_pretrained(finished_run).transformer.config
+    images = stratified_split(load_image_dataset(str(image_folder), ["cat", "dog"], 8), 0.1)[0].images
+    assert config.frequency_variances == frequency_variances(images, 4)
+    train(image_folder, tmp_path / "out", max_train_steps=1, **{"no-frequency_preconditioning": True})
+    plain = PetDiffusionPipeline.from_pretrained(tmp_path / "out").transformer
+    assert plain.config.frequency_variances is None
 
 
 def test_a_run_leaves_pictures_and_numbers(finished_run):
@@ -205,7 +216,7 @@ def test_fine_tuning_a_model_without_class_names(finished_run):
     [
         ({"classes": ["cat", "unicorn"]}, "no class 'unicorn'"),
         ({"dataset_name": "/nowhere/at-all"}, "cannot be loaded"),
-        ({"resolution": 10}, "`patch_size` has to divide `sample_size`"),
+        ({"resolution": 10}, "`patch_size` has to divide the height and width of the images, but 4 does not"),
         ({"resume_from_checkpoint": "latest"}, "no checkpoint"),
     ],
 )

@@ -4,8 +4,18 @@ from conftest import TINY, random_model
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from pet_pipeline import PetTransformer2DModel, transformer_pet
-from pet_pipeline.transformer_pet import linear_attention
+from pet_pipeline import AdaptiveEDMScheduler, PetTransformer2DModel, transformer_pet
+from pet_pipeline.transformer_pet import (
+    dct_matrix,
+    frequency_variances,
+    linear_attention,
+    restore_patches,
+    transform_patches,
+)
+
+
+# Of 4×4 patches of three channels, from far above the variance 0.25 that EDM assumes to none at all.
+VARIANCES = [*torch.logspace(1, -5, 47).tolist(), 0.0]
 
 
 def test_presets_are_of_the_stated_size():
@@ -41,6 +51,8 @@ def test_linear_attention_equals_its_quadratic_formula():
         ({"decoder_layers": 0, "long_skips": True, "num_layers": 3}, 8),
         ({"attention_type": "softmax", "dropout": 0.1}, 8),
         ({}, 16),  # trained at 8, used at 16
+        ({"frequency_variances": VARIANCES}, 16),
+        ({"frequency_variances": [1.0, 0.1, 0.1, 0.01], "patch_size": 2, "in_channels": 1}, 8),
     ],
 )
 def test_shapes_and_gradients(config, image_size):
@@ -63,6 +75,89 @@ def test_untrained_output_is_zero_and_learns_at_once():
     (output - images).square().mean().backward()
     assert model.proj_out.weight.grad.abs().max() > 0
     assert model.decoder.conv_out.weight.grad.abs().max() > 0
+
+
+def test_cosine_transform_is_orthonormal_and_separates_brightness_from_colour():
+    matrix = dct_matrix(3, 4)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(48), rtol=0, atol=1e-6)
+    images = torch.randn(2, 3, 8, 12)
+    coefficients = transform_patches(images, matrix, 4)
+    assert coefficients.shape == (2, 48, 2, 3)
+    torch.testing.assert_close(restore_patches(coefficients, matrix, 4), images)
+    grey = transform_patches(images.mean(1, keepdim=True).expand(-1, 3, -1, -1), matrix, 4)
+    assert grey[:, 16:].abs().max() < 1e-5 and grey[:, :16].abs().max() > 1
+    flat = transform_patches(torch.ones(1, 3, 4, 4), matrix, 4).flatten()
+    torch.testing.assert_close(flat, torch.tensor([48**0.5] + 47 * [0.0]), rtol=0, atol=1e-5)
+
+
+def test_frequency_variances_are_those_of_the_images():
+    generator = torch.Generator().manual_seed(0)
+    variances = torch.tensor(VARIANCES)
+    coefficients = torch.randn(1100, 48, 2, 2, generator=generator) * variances.sqrt().reshape(-1, 1, 1)
+    images = restore_patches(coefficients, dct_matrix(3, 4), 4)
+    measured = torch.tensor(frequency_variances(images, 4))
+    torch.testing.assert_close(measured, variances, rtol=0.1, atol=1e-9)
+    pixels = torch.randint(256, (10, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    assert frequency_variances(pixels, 4) == frequency_variances(pixels / 127.5 - 1, 4)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sigma", [0.002, 0.1, 1.0, 80.0])
+def test_untrained_model_is_the_best_linear_denoiser_of_its_frequencies(sigma, prediction_type):
+    model = PetTransformer2DModel(**TINY, frequency_variances=VARIANCES, prediction_type=prediction_type)
+    scheduler = AdaptiveEDMScheduler(prediction_type=prediction_type)
+    variances = torch.tensor(VARIANCES).reshape(-1, 1, 1)
+    coefficients = torch.randn(4, 48, 2, 2) * variances.sqrt()
+    images = restore_patches(coefficients, dct_matrix(3, 4), 4)
+    noisy = images + sigma * torch.randn_like(images)
+    sigmas = torch.tensor([sigma]).reshape(1, 1, 1, 1)
+    with torch.no_grad():
+        output = model(
+            scheduler.precondition_inputs(noisy, sigmas), scheduler.precondition_noise(sigmas), 0
+        ).sample
+    denoised = scheduler.precondition_outputs(noisy, output, sigmas)
+    variances = variances.clamp(min=1e-6)  # no frequency counts as free of noise
+    expected = transform_patches(noisy, dct_matrix(3, 4), 4) * variances / (variances + sigma**2)
+    expected = restore_patches(expected, dct_matrix(3, 4), 4)
+    torch.testing.assert_close(denoised, expected, rtol=1e-3, atol=1e-5 * max(1, sigma))
+
+
+def test_layers_are_asked_for_unit_variance_at_every_noise_level():
+    model = PetTransformer2DModel(**TINY, frequency_variances=VARIANCES)
+    variances = torch.tensor(VARIANCES).clamp(min=1e-6).reshape(-1, 1, 1)
+    coefficients = torch.randn(2000, 48, 2, 2) * variances.sqrt()
+    for sigma in (0.002, 0.1, 1.0, 80.0):
+        noisy = coefficients + sigma * torch.randn_like(coefficients)
+        c_in, c_out = (sigma**2 + 0.25) ** -0.5, 0.5 * sigma * (sigma**2 + 0.25) ** -0.5
+        target = (coefficients - 0.25 / (sigma**2 + 0.25) * noisy) / c_out
+        scale_skip, scale_out = model.precondition(torch.tensor([sigma]).log() / 4)
+        target = (target - scale_skip * c_in * noisy) / scale_out
+        torch.testing.assert_close(target.square().mean((0, 2, 3)), torch.ones(48), rtol=0.1, atol=0)
+
+
+def test_equal_frequency_variances_change_nothing():
+    plain, model = random_model(), random_model(frequency_variances=48 * [0.25])
+    weights = plain.state_dict()
+    for name in ("patch_embed.proj.weight", "decoder.conv_skip.weight"):
+        weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name])], dim=1)
+    model.load_state_dict(weights)
+    images, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 2])
+    timestep = torch.tensor([-1.5, 0.0, 1.0])
+    expected = plain(images, timestep, labels).sample
+    torch.testing.assert_close(model(images, timestep, labels).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_see_faint_frequencies_in_units_of_the_noise():
+    model = random_model(frequency_variances=VARIANCES)
+    seen = []
+    model.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    scheduler, noise = AdaptiveEDMScheduler(), torch.randn(64, 3, 8, 8)
+    for sigma in (0.002, 0.1, 1.0, 80.0):
+        sigmas = torch.tensor([sigma]).reshape(1, 1, 1, 1)
+        timestep = scheduler.precondition_noise(sigmas)
+        model(scheduler.precondition_inputs(sigma * noise, sigmas), timestep)
+        torch.testing.assert_close(seen[-1][:, 3:], seen[0][:, 3:], rtol=1e-3, atol=1e-4)
+    assert 0.3 < seen[0][:, 3:].std() < 0.5
 
 
 def test_conditioning_reaches_the_output(model):
@@ -103,9 +198,10 @@ def test_gradient_checkpointing_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+@pytest.mark.parametrize("variances", [None, VARIANCES])
 @pytest.mark.parametrize("timestep", [-1.55, 0.0, 1.09])  # σ = 0.002, 1, 80
-def test_bfloat16_is_close_to_float32(timestep):
-    model = random_model()
+def test_bfloat16_is_close_to_float32(timestep, variances):
+    model = random_model(frequency_variances=variances)
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
         expected = model(images, timestep, labels).sample
@@ -130,6 +226,13 @@ def test_bfloat16_is_close_to_float32(timestep):
         ({"feed_forward_ratio": 0}, "`feed_forward_ratio`"),
         ({"feed_forward_ratio": "2"}, "`feed_forward_ratio` has to be a number, but is '2'"),
         ({"long_skips": "no"}, "`long_skips`"),
+        ({"sigma_data": 0}, "`sigma_data` has to be positive"),
+        ({"prediction_type": "sample"}, "`prediction_type`"),
+        ({"frequency_variances": 47 * [1.0]}, "= 48 values, but has 47"),
+        ({"frequency_variances": 47 * [1.0] + [-1.0]}, "`frequency_variances` has to be a list of finite"),
+        ({"frequency_variances": 47 * [1.0] + ["1"]}, "`frequency_variances` has to be a list of finite"),
+        ({"frequency_variances": 1.0}, "`frequency_variances` has to be a list of finite"),
+        ({"sample_size": 64, "patch_size": 64, "frequency_variances": [1.0]}, "at most 4,096 frequencies"),
         # What would exhaust memory is refused with the figure.
         ({"num_layers": 1001}, "`num_layers` has to be at most 1,000, but is 1,001"),
         ({"sample_size": 40_000}, "has to be at most 16,777,216, but is 4,800,000,000"),

@@ -26,7 +26,7 @@ class Baseline(ModelMixin, ConfigMixin):
     network: nn.Module
 
     @classmethod
-    def from_preset(cls, preset: str, **kwargs) -> "Baseline":
+    def from_preset(cls, preset: str, sigma_data: float, prediction_type: str, **kwargs) -> "Baseline":
         return cls(**kwargs)
 
     def forward(
@@ -123,4 +123,5 @@ if __name__ == "__main__":
         sys.exit(f"train_baseline.py: the first argument has to be one of {', '.join(BASELINES)}")
     train_pet.PetTransformer2DModel = BASELINES[sys.argv[1]]
     train_pet.render_model_card = lambda *args: f"A baseline: {sys.argv[1]}.\n"
-    train_pet.main(train_pet.parse_args(sys.argv[2:]), train_pet.TrainingState())
+    arguments = [*sys.argv[2:], "--no-frequency_preconditioning"]  # which is of our denoiser
+    train_pet.main(train_pet.parse_args(arguments), train_pet.TrainingState())
