@@ -109,20 +109,13 @@ def train_and_measure(name: str, seed: int, core: int | None, args: argparse.Nam
 
 def measure(args: argparse.Namespace) -> None:
     """Samples from a trained variant and compares the images with training images."""
-    from train_baseline import BASELINES
+    from train_baseline import load_denoiser
 
     from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
     from pet_pipeline.evaluation import generate_images, load_reference, measure_images
     from pet_pipeline.metrics import EfficientNetLite0Features
 
-    class_name = json.loads((args.measure / "transformer" / "config.json").read_text())["_class_name"]
-    baselines = {model.__name__: model for model in BASELINES.values()}
-    if class_name in baselines:
-        pipeline = PetDiffusionPipeline(
-            baselines[class_name].from_pretrained(args.measure / "transformer"), AdaptiveEDMScheduler()
-        )
-    else:
-        pipeline = PetDiffusionPipeline.from_pretrained(args.measure)
+    pipeline = PetDiffusionPipeline(load_denoiser(args.measure), AdaptiveEDMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     reference = load_reference(args.dataset_name, ["cat", "dog"], 32, cache_dir=args.cache_dir)
     images = generate_images(pipeline, args.num_images, guidance_scale=1.0).images

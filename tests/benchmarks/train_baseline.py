@@ -7,7 +7,9 @@ The first argument chooses the model; all others are those of `train_pet.py`: sa
 optimizer, EMA. Both models are scaled to the FLOPs per image of the preset `small`; `--flops` prints them.
 """
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
@@ -102,6 +104,14 @@ class UNetBaseline(Baseline):
 
 
 BASELINES = {"dit": DiTBaseline, "unet": UNetBaseline}
+
+
+def load_denoiser(folder: Path) -> PetTransformer2DModel | Baseline:
+    """Loads the denoiser from the output folder of a training, of whichever of the three kinds it is."""
+    folder = folder / "transformer"
+    class_name = json.loads((folder / "config.json").read_text())["_class_name"]
+    kinds = {kind.__name__: kind for kind in (PetTransformer2DModel, *BASELINES.values())}
+    return kinds[class_name].from_pretrained(folder)
 
 
 def print_flops() -> None:
