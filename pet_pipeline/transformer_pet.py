@@ -241,33 +241,24 @@ class PetDecoder(nn.Module):
 
     Args:
         dim (`int`): channels of the tokens.
-        image_channels (`int`): channels of the noisy image.
-        out_channels (`int`): channels of the prediction.
+        in_channels (`int`): channels of the image.
         patch_size (`int`): pixels per token side.
         channels (`int`): width of the decoder.
         num_layers (`int`): residual blocks.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        image_channels: int,
-        out_channels: int,
-        patch_size: int,
-        channels: int,
-        num_layers: int,
-    ) -> None:
+    def __init__(self, dim: int, in_channels: int, patch_size: int, channels: int, num_layers: int) -> None:
         super().__init__()
         self.pixel_factor = 2 if patch_size % 2 == 0 else 1
         self.token_factor = patch_size // self.pixel_factor
         self.proj_in = nn.Linear(dim, channels * self.token_factor**2)
-        self.conv_skip = nn.Conv2d(image_channels * self.pixel_factor**2, channels, 3, padding=1)
+        self.conv_skip = nn.Conv2d(in_channels * self.pixel_factor**2, channels, 3, padding=1)
         self.blocks = nn.ModuleList([PetResidualBlock(channels) for _ in range(num_layers)])
         self.norm_out = nn.GroupNorm(num_groups(channels), channels)
-        self.conv_out = nn.Conv2d(channels, out_channels * self.pixel_factor**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, in_channels * self.pixel_factor**2, 3, padding=1)
 
     def forward(self, tokens: torch.Tensor, image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Decodes `(batch, height * width, dim)` tokens, beside the noisy image, to an image of its size."""
+        """Decodes `(batch, height * width, dim)` tokens, beside the noisy image, to an image of its shape."""
         hidden_states = tokens_to_grid(self.proj_in(tokens), height, width)
         hidden_states = F.pixel_shuffle(hidden_states, self.token_factor)
         hidden_states = hidden_states + self.conv_skip(F.pixel_unshuffle(image, self.pixel_factor))
@@ -351,8 +342,7 @@ def num_groups(channels: int) -> int:
 
 
 def count_parameters(
-    image_channels: int,
-    out_channels: int,
+    in_channels: int,
     num_classes: int,
     patch_size: int,
     num_layers: int,
@@ -363,8 +353,8 @@ def count_parameters(
     decoder_layers: int,
 ) -> int:
     """Returns the number of parameters of a [`PetTransformer2DModel`] that is not built yet."""
-    patch_values = patch_size**2 * out_channels
-    embeddings = (patch_size**2 * image_channels + 1) * dim + (256 + dim + 2) * dim + (num_classes + 1) * dim
+    patch_values = patch_size**2 * in_channels
+    embeddings = (patch_values + 1) * dim + (256 + dim + 2) * dim + (num_classes + 1) * dim
     attention = 3 * dim**2 + 10 * dim + (dim + 1) * dim
     feed_forward = (dim + 1) * 2 * feed_forward_dim + 10 * feed_forward_dim + (feed_forward_dim + 1) * dim
     blocks = num_layers * ((dim + 1) * 6 * dim + attention + feed_forward)
@@ -373,10 +363,10 @@ def count_parameters(
     decoder = 0
     if decoder_layers:
         pixel_factor = 2 if patch_size % 2 == 0 else 1
-        pixel_values = out_channels * pixel_factor**2
+        pixel_values = in_channels * pixel_factor**2
         decoder = (
             (dim + 1) * decoder_channels * (patch_size // pixel_factor) ** 2
-            + (9 * image_channels * pixel_factor**2 + 1) * decoder_channels
+            + (9 * pixel_values + 1) * decoder_channels
             + decoder_layers * 2 * ((9 * decoder_channels + 1) * decoder_channels + 2 * decoder_channels)
             + 2 * decoder_channels
             + (9 * decoder_channels + 1) * pixel_values
@@ -413,10 +403,10 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         dropout (`float`, defaults to 0.0): dropout inside the blocks.
         frequency_variances (`list[float]`, *optional*): mean square of each cosine coefficient of the data's
             patches, `in_channels * patch_size**2` of them, as the function of the same name measures them.
-            Given them, the output of the layers is scaled to, and added to, the estimate that is best for
-            Gaussian data of these variances: the preconditioning of EDM, with a variance for each frequency
-            in place of one for all. The layers then see the image also in units of the noise. Without them
-            the images go in and out as they are.
+            Given them, the layers see every frequency at unit variance, and their output is scaled to, and
+            added to, the estimate that is best for Gaussian data of these variances: the preconditioning of
+            EDM, with a variance for each frequency in place of one for all. Without them the images go in and
+            out as they are.
         sigma_data (`float`, defaults to 0.5): the scheduler's; only `frequency_variances` needs to know it.
         prediction_type (`str`, defaults to `"epsilon"`): the scheduler's, `"epsilon"` or `"v_prediction"`;
             likewise.
@@ -525,10 +515,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"`in_channels` × `sample_size`² has to be at most {MAX_IMAGE_VALUES:,}, but is "
                 f"{num_values:,}."
             )
-        # Beside the image in units of its own, the layers see it in units of the noise.
-        image_channels = in_channels if frequency_variances is None else 2 * in_channels
         num_parameters = count_parameters(
-            image_channels,
             in_channels,
             num_classes,
             patch_size,
@@ -549,7 +536,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         # Positions are added in `forward`: as a buffer they would be rounded by `.to(torch.bfloat16)`, but
         # not by loading in that precision.
         self.patch_embed = PatchEmbed(
-            sample_size, sample_size, patch_size, image_channels, embed_dim=inner_dim, pos_embed_type=None
+            sample_size, sample_size, patch_size, in_channels, embed_dim=inner_dim, pos_embed_type=None
         )
         self.time_embedding = TimestepEmbedding(256, inner_dim)
         self.class_embedding = nn.Embedding(num_classes + 1, inner_dim)
@@ -572,7 +559,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.modulation_out = nn.Linear(inner_dim, 2 * inner_dim)
         self.proj_out = nn.Linear(inner_dim, patch_size**2 * in_channels)
         self.decoder = (
-            PetDecoder(inner_dim, image_channels, in_channels, patch_size, decoder_channels, decoder_layers)
+            PetDecoder(inner_dim, in_channels, patch_size, decoder_channels, decoder_layers)
             if decoder_layers
             else None
         )
@@ -663,21 +650,22 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             device=device,
         ).float()
 
-    def precondition(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def precondition(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         r"""Scales of each frequency: EDM's preconditioning (Karras et al. 2022, equation 7) for its variance.
 
-        With $\lambda$ of `frequency_variances` and $\sigma = e^{4 c_{noise}}$, the denoised image is the best
-        linear estimate $x \lambda / (\lambda + \sigma^2)$ (Wiener 1949) plus the output of the layers times
-        $\sigma \sqrt{\lambda / (\lambda + \sigma^2)}$, the error of that estimate on Gaussian data. Both are
-        expressed here by $c_{in} x$ and in $F$, as they are for EDM with $\sigma_d$ = `sigma_data`. Where all
+        With $\lambda$ of `frequency_variances` and $\sigma = e^{4 c_{noise}}$, the layers are given
+        $x / \sqrt{\lambda + \sigma^2}$, and the denoised image is the best linear estimate
+        $x \lambda / (\lambda + \sigma^2)$ (Wiener 1949) plus their output times
+        $\sigma \sqrt{\lambda / (\lambda + \sigma^2)}$, the error of that estimate on Gaussian data. Here all
+        are expressed by $c_{in} x$ and in $F$, as they are for EDM with $\sigma_d$ = `sigma_data`. Where all
         $\lambda = \sigma_d^2$ nothing changes.
 
         Args:
             timestep (`torch.Tensor` of shape `(batch,)`): $c_{noise}$.
 
         Returns:
-            `tuple`: scales of the image and of the output of the layers as parts of $F$, each of shape
-            `(batch, frequencies, 1, 1)`, float32.
+            `tuple`: scales of the image as the input of the layers, of the image as a part of $F$, and of the
+            output of the layers, each of shape `(batch, frequencies, 1, 1)`, float32.
         """
         variances = torch.tensor(self.config.frequency_variances, device=timestep.device)
         # What does not vary in the data at all is not known better than to a fraction of a grey level.
@@ -686,9 +674,9 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         sigma_data = self.config.sigma_data
         sign = 1 if self.config.prediction_type == "epsilon" else -1
         totals = variances + sigmas**2
+        scale_in = ((sigmas**2 + sigma_data**2) / totals).sqrt()
         scale_skip = sign * sigmas * (variances - sigma_data**2) / (sigma_data * totals)
-        scale_out = (variances * (sigmas**2 + sigma_data**2) / totals).sqrt() / sigma_data
-        return scale_skip, scale_out
+        return scale_in, scale_skip, scale_in * variances.sqrt() / sigma_data
 
     def forward(
         self,
@@ -730,12 +718,8 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if self.config.frequency_variances is not None:
             dct = dct_matrix(channels, patch_size, hidden_states.device)
             coefficients = transform_patches(hidden_states, dct, patch_size)  # (N, K, rows, columns)
-            scale_skip, scale_out = self.precondition(timestep)
-            # What is faint is seen in units of the noise, what is strong by its logarithm.
-            sigmas = (4 * timestep.float()).exp().reshape(-1, 1, 1, 1)
-            signal_to_noise = coefficients * (1 + (self.config.sigma_data / sigmas) ** 2).sqrt()
-            compressed = restore_patches(signal_to_noise.asinh() / 2, dct, patch_size)
-            hidden_states = torch.cat([hidden_states, compressed.to(hidden_states.dtype)], dim=1)
+            scale_in, scale_skip, scale_out = self.precondition(timestep)
+            hidden_states = restore_patches(coefficients * scale_in, dct, patch_size).to(hidden_states.dtype)
         image = hidden_states
 
         # c_noise spans about [-1.6, 1.1]: frequencies from 0.25 to 25 radians per unit resolve it without
