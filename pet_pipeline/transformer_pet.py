@@ -473,8 +473,8 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(
                 f"`feed_forward_ratio` has to be positive and finite, but is {feed_forward_ratio!r}."
             )
-        if not 0 < sigma_data < math.inf:
-            raise ValueError(f"`sigma_data` has to be positive and finite, but is {sigma_data!r}.")
+        if not 1e-3 <= sigma_data <= 1e3:
+            raise ValueError(f"`sigma_data` has to be in [0.001, 1000], but is {sigma_data!r}.")
         if prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
                 f"`prediction_type` has to be 'epsilon' or 'v_prediction', but is {prediction_type!r}."
@@ -495,10 +495,10 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if frequency_variances is not None:
             num_frequencies = in_channels * patch_size**2
             if not isinstance(frequency_variances, (list, tuple)) or not all(
-                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1e6
                 for value in frequency_variances
             ):
-                raise ValueError("`frequency_variances` has to be a list of finite numbers, none negative.")
+                raise ValueError("`frequency_variances` has to be a list of numbers in [0, 1e6].")
             if num_frequencies > MAX_FREQUENCIES:
                 raise ValueError(
                     f"`frequency_variances` is for at most {MAX_FREQUENCIES:,} frequencies, but patches of "
@@ -667,7 +667,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             `tuple`: scales of the image as the input of the layers, of the image as a part of $F$, and of the
             output of the layers, each of shape `(batch, frequencies, 1, 1)`, float32.
         """
-        variances = torch.tensor(self.config.frequency_variances, device=timestep.device)
+        variances = torch.tensor(self.config.frequency_variances, dtype=torch.float32, device=timestep.device)
         # What does not vary in the data at all is not known better than to a fraction of a grey level.
         variances = variances.clamp(min=1e-6).reshape(-1, 1, 1)
         sigmas = (4 * timestep.float()).exp().reshape(-1, 1, 1, 1)
