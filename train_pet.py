@@ -126,7 +126,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--noise_schedule", choices=["adaptive", "fixed"], default="adaptive", help="draw of noise levels"
     )
-    group.add_argument("--p_mean", type=float, default=-0.8, help="mean of ln σ in the training proposal")
+    group.add_argument("--p_mean", type=float, default=-1.6, help="mean of ln σ in the training proposal")
     group.add_argument(
         "--p_std", type=float, default=1.4, help="standard deviation of ln σ in the training proposal"
     )

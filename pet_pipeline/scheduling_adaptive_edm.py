@@ -97,7 +97,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
             acts.
         s_noise (`float`, defaults to 1.0): standard deviation of the churn noise.
         adaptive (`bool`, defaults to `True`): adapt the training draw to the observed losses.
-        p_mean (`float`, defaults to -0.8), p_std (`float`, defaults to 1.4): mean and standard deviation of
+        p_mean (`float`, defaults to -1.6), p_std (`float`, defaults to 1.4): mean and standard deviation of
             ln σ in the training proposal q, truncated to [`sigma_min`, `sigma_max`].
         num_bins (`int`, defaults to 32): bins of the adaptive draw, of equal probability under q.
         adaptive_decay (`float`, defaults to 0.99): decay of the bins' running means per reported batch.
@@ -126,7 +126,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         s_tmax: float = 50.0,
         s_noise: float = 1.0,
         adaptive: bool = True,
-        p_mean: float = -0.8,
+        p_mean: float = -1.6,
         p_std: float = 1.4,
         num_bins: int = 32,
         adaptive_decay: float = 0.99,
