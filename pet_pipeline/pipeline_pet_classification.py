@@ -272,6 +272,11 @@ class PetClassificationPipeline(DiffusionPipeline):
         """
         # 1. Inputs
         num_classes = self.transformer.config.num_classes
+        if not hasattr(self.scheduler, "precondition_outputs"):
+            raise ValueError(
+                "The scheduler has to be one of EDM, as `AdaptiveEDMScheduler` is, but is of the class "
+                f"{type(self.scheduler).__name__}."
+            )
         if num_classes < 2:
             raise ValueError("A model of one class has nothing to tell apart.")
         if not isinstance(num_evaluations, int) or num_evaluations < 2 or num_evaluations % 2:

@@ -324,6 +324,11 @@ class PetDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         """Raises `ValueError` for an argument of [`__call__`] that is out of range."""
+        if not hasattr(self.scheduler, "precondition_outputs"):
+            raise ValueError(
+                "The scheduler has to be one of EDM, as `AdaptiveEDMScheduler` is, but is of the class "
+                f"{type(self.scheduler).__name__}."
+            )
         if not class_labels:
             raise ValueError("`class_labels` is empty.")
         if negative_class_labels is not None and len(negative_class_labels) not in (1, len(class_labels)):

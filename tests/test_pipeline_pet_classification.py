@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from conftest import random_model
+from diffusers import DDPMScheduler
 from oracles import GaussianDenoiser
 from PIL import Image
 
@@ -245,6 +246,9 @@ def test_bad_arguments():
     alone = PetClassificationPipeline(random_model(num_classes=1), AdaptiveEDMScheduler())
     with pytest.raises(ValueError, match="one class"):
         alone(image)
+    pipe.scheduler = DDPMScheduler()
+    with pytest.raises(ValueError, match="of the class DDPMScheduler"):
+        pipe(image)
 
 
 def test_components_are_shared_and_calibration_is_kept(pipeline, tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
-from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import DDPMScheduler, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
 from oracles import EmpiricalDenoiser, GaussianDenoiser
 
@@ -257,6 +257,12 @@ def test_latents_and_other_sizes(pipeline):
     assert torch.equal(given, drawn)
     large = pipeline("cat", 3, latents=torch.randn(1, 3, 16, 16), output_type="pt").images
     assert large.shape == (1, 3, 16, 16)
+
+
+def test_schedulers_of_another_kind_are_refused(pipeline):
+    pipeline.scheduler = DDPMScheduler()
+    with pytest.raises(ValueError, match="of the class DDPMScheduler"):
+        pipeline("cat", 3)
 
 
 @pytest.mark.parametrize("scheduler_class", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
