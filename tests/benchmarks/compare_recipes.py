@@ -37,6 +37,7 @@ RUNS: dict[str, list[str]] = {
     "no-learned-weighting": [*OURS, "--no-learned_weighting"],
     "plain-edm": [*OURS, "--loss", "mse", "--noise_schedule", "fixed", "--no-learned_weighting"],
     "p-mean-0.8": [*OURS, "--p_mean", "-0.8"],
+    "wide-noise": [*OURS, "--p_mean", "-1.2", "--p_std", "1.7"],
     "no-frequency-preconditioning": [*OURS, "--no-frequency_preconditioning"],
     "softmax": [*OURS, "--model_config", '{"attention_type": "softmax"}'],
     "no-decoder": [*OURS, "--model_config", '{"decoder_layers": 0}'],
