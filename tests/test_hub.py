@@ -521,6 +521,7 @@ def test_the_card_of_a_cifar10_model(saved, pipeline):
     assert 'from_pretrained("model")' in text and 'from_pretrained("model", trust_remote_code=True)' in text
     assert "9,000 images" in text and "1,000 more were held out" in text and "Krizhevsky" in text
     assert "| length | 3,616 steps, 231,424 images seen, 25.7 passes |" in text
+    assert "| noise levels | adaptive draw; ln σ proposed with mean -1.6 and standard deviation 1.4 |" in text
     assert "| duration | 70.0 minutes on 1 × cpu (2 threads) |" in text
     assert "512 unseen images, mean over 16 noise levels | 0.3272 |" in text
     assert f"torch {torch.__version__.partition('+')[0]}" in text

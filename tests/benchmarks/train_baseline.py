@@ -126,12 +126,18 @@ def print_flops() -> None:
         print(f"{type(model).__name__}: {size:.2f} M, {flops:.2f} GFLOP per forward pass")
 
 
+def main(name: str, arguments: list[str]) -> None:
+    """Trains a baseline with these options of `train_pet.py`."""
+    train_pet.PetTransformer2DModel = BASELINES[name]
+    train_pet.render_model_card = lambda *args: f"A baseline: {name}.\n"
+    # The preconditioning by frequency is of our denoiser.
+    args = train_pet.parse_args([*arguments, "--no-frequency_preconditioning"])
+    train_pet.main(args, train_pet.TrainingState())
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--flops"]:
         sys.exit(print_flops())
     if len(sys.argv) < 2 or sys.argv[1] not in BASELINES:
         sys.exit(f"train_baseline.py: the first argument has to be one of {', '.join(BASELINES)}")
-    train_pet.PetTransformer2DModel = BASELINES[sys.argv[1]]
-    train_pet.render_model_card = lambda *args: f"A baseline: {sys.argv[1]}.\n"
-    arguments = [*sys.argv[2:], "--no-frequency_preconditioning"]  # which is of our denoiser
-    train_pet.main(train_pet.parse_args(arguments), train_pet.TrainingState())
+    main(sys.argv[1], sys.argv[2:])

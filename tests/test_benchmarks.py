@@ -1,0 +1,109 @@
+"""The scripts that make the results: that they still fit the package, and measure what they say."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import combine_denoisers
+import compare_recipes
+import pytest
+import torch
+import train_baseline
+from accelerate.state import AcceleratorState
+from conftest import random_model
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_pet
+from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, PetTransformer2DModel
+
+
+@pytest.mark.parametrize("name", compare_recipes.RUNS)
+def test_every_run_is_a_model_that_train_pet_would_train(name):
+    script, *options = compare_recipes.RUNS[name]
+    if script == compare_recipes.BASELINE:
+        assert options.pop(0) in train_baseline.BASELINES
+    args = train_pet.parse_args([*options, "--max_train_steps", "1"])
+    with torch.device("meta"):
+        PetTransformer2DModel.from_preset(args.preset, **args.model_config)
+    if name != "reference":  # it differs from the defaults in what it says
+        assert script == compare_recipes.BASELINE or args != train_pet.parse_args(["--max_train_steps", "1"])
+
+
+@pytest.mark.parametrize("baseline", train_baseline.BASELINES.values())
+def test_baselines_have_the_flops_of_small(baseline):
+    flops = []
+    for model in (PetTransformer2DModel.from_preset("small"), baseline()):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(
+                torch.zeros(1, 3, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long), return_dict=False
+            )
+        flops.append(counter.get_total_flops())
+    assert 0.9 < flops[1] / flops[0] < 1.1
+
+
+@pytest.mark.parametrize("name", train_baseline.BASELINES)
+def test_a_baseline_trains_loads_and_samples(name, image_folder, tmp_path, monkeypatch):
+    for replaced in ("PetTransformer2DModel", "render_model_card"):  # and put back after the test
+        monkeypatch.setattr(train_pet, replaced, getattr(train_pet, replaced))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    words = compare_recipes.RUNS[name][2:]
+    words += [
+        "--dataset_name",
+        str(image_folder),
+        "--cache_dir",
+        str(tmp_path / "cache"),
+        "--resolution",
+        "16",
+    ]
+    words += ["--output_dir", str(tmp_path / "out"), "--max_train_steps", "1", "--train_batch_size", "4"]
+    words += ["--preview_images", "1", "--mixed_precision", "no"]
+    train_baseline.main(name, words)
+
+    denoiser = train_baseline.load_denoiser(tmp_path / "out")
+    assert type(denoiser) is train_baseline.BASELINES[name]
+    pipeline = PetDiffusionPipeline(denoiser, AdaptiveEDMScheduler())
+    images = pipeline([0, 1], num_inference_steps=2, output_type="pt").images
+    assert images.shape == (2, 3, 16, 16) and images.isfinite().all()
+
+
+def test_a_combined_denoiser_is_each_of_its_two_on_its_side():
+    high, low = random_model(0), random_model(1)
+    combined = combine_denoisers.CombinedDenoiser(8, 3, 2, threshold=0.5)
+    combined.high, combined.low = high, low
+    images, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    for sigma, denoiser in ((0.51, high), (0.49, low)):
+        timestep = torch.full((2,), sigma).log() / 4
+        expected = denoiser(images, timestep, labels).sample
+        assert torch.equal(combined(images, timestep, labels).sample, expected)
+
+
+@pytest.mark.slow
+def test_compare_recipes_trains_measures_and_goes_on(image_folder, tmp_path):
+    script = Path(compare_recipes.__file__)
+    command = [
+        sys.executable,
+        str(script),
+        "--dataset_name",
+        str(image_folder),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command += ["--cache_dir", str(tmp_path / "cache"), "--max_train_images", "64", "--num_images", "4"]
+    environment = {**os.environ, "PYTHONPATH": str(script.parent.parent.parent)}
+
+    def rows(*runs: str) -> list[str]:
+        done = subprocess.run(
+            [*command, "--runs", *runs], capture_output=True, text=True, env=environment, timeout=280
+        )
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        return done.stdout.splitlines()[2:]
+
+    first = rows("reference")
+    assert len(first) == 1 and first[0].startswith("| `reference` | 0 | 36 |")  # 2 classes × 18 images
+    both = rows("reference", "batch-32")
+    assert both[0] == first[0] and both[1].startswith("| `batch-32` | 0 | 64 |")
+    records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [record["name"] for record in records] == ["reference", "batch-32"]
+    assert all(record["KID-EffLite0 ×10³"] > 0 and record["validation loss"] > 0 for record in records)
