@@ -47,6 +47,8 @@ KNOWN_LIBRARIES = ("diffusers", "transformers")
 CARD_OPTIONS = (
     "random_flip",
     "noise_schedule",
+    "p_mean",
+    "p_std",
     "loss",
     "learned_weighting",
     "label_dropout",

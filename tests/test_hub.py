@@ -28,6 +28,7 @@ import train_pet
 from pet_pipeline import PetDiffusionPipeline
 from pet_pipeline.__main__ import main
 from pet_pipeline.hub import (
+    CARD_OPTIONS,
     GRADIO_VERSION,
     SPACE_REQUIREMENTS,
     TrainingReport,
@@ -503,6 +504,11 @@ def rendered(folder: Path, pipeline: PetDiffusionPipeline, dataset_name: str, **
     assert not re.search(r"\{\{|\}\}|\{%|%\}|\n\n\n|None|Undefined|N/A|TODO", text)
     assert text.endswith("\n") and not text.endswith("\n\n")
     return text
+
+
+def test_the_card_has_every_option_that_its_template_names():
+    template = (ROOT / "model_card.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"options\.(\w+)", template)) == set(CARD_OPTIONS)
 
 
 def test_the_card_of_a_cifar10_model(saved, pipeline):
