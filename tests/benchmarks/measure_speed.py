@@ -3,6 +3,7 @@
     python tests/benchmarks/measure_speed.py attention     # linear against softmax attention, by tokens
     python tests/benchmarks/measure_speed.py presets       # both presets, eager and compiled
     python tests/benchmarks/measure_speed.py optimizer     # Muon, ours against PyTorch's
+    python tests/benchmarks/measure_speed.py sampling      # the bundled model by steps, guided or not
     python tests/benchmarks/measure_speed.py start         # from the start of the process to the first image
 
 Run it while nothing else runs.
@@ -18,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from pet_pipeline import PetTransformer2DModel
+from pet_pipeline import PetDiffusionPipeline, PetTransformer2DModel
+from pet_pipeline.evaluation import generate_images
 from pet_pipeline.optimization import BatchedMuon
 from pet_pipeline.transformer_pet import PetAttention
 
@@ -123,6 +125,26 @@ def measure_optimizer() -> None:
         print(f"| `{preset}` | {theirs:.0f} | {ours:.0f} | {theirs / ours:.1f} |", flush=True)
 
 
+def measure_sampling() -> None:
+    pipeline = PetDiffusionPipeline.from_pretrained()
+    pipeline.set_progress_bar_config(disable=True)
+    print(
+        "| steps | without guidance, s | evaluations | guided, s | evaluations | ratio |\n" + "|---" * 6 + "|"
+    )
+    for steps in (8, 12, 18, 35):
+        seconds, evaluations = [], []
+        for guidance_scale in (1.0, 2.5):
+            # The fastest of three batches of 8: single batches differ by a tenth and more.
+            runs = [
+                generate_images(pipeline, 8, num_inference_steps=steps, guidance_scale=guidance_scale)
+                for _ in range(3)
+            ]
+            seconds.append(min(run.seconds for run in runs))
+            evaluations.append(runs[0].evaluations)
+        cells = " | ".join(f"{time:.2f} | {count:.0f}" for time, count in zip(seconds, evaluations))
+        print(f"| {steps} | {cells} | {seconds[1] / seconds[0]:.2f} |", flush=True)
+
+
 def measure_start() -> None:
     print("| from the start of a process | seconds |\n|---|---|")
     load = "from pet_pipeline import PetDiffusionPipeline\n"
@@ -149,6 +171,7 @@ def main() -> None:
         "attention": measure_attention,
         "presets": measure_presets,
         "optimizer": measure_optimizer,
+        "sampling": measure_sampling,
         "start": measure_start,
     }
     parser.add_argument("what", choices=list(measurements))

@@ -65,11 +65,15 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--device", default="cpu", help="of the pipeline and of the feature extractor")
+    parser.add_argument("--torch_compile", action="store_true", help="compile the denoiser")
+    parser.add_argument("--only", metavar="WORD", help="only the settings that have this, as `original`")
     parser.add_argument("--out", type=Path, help="JSON file of the records, one a line")
     args = parser.parse_args()
 
     pipeline = PetDiffusionPipeline.from_pretrained(args.model).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
+    if args.torch_compile:
+        pipeline.transformer.compile()
     names = class_names(pipeline)
     reference = load_reference(
         args.dataset_name, names, pipeline.transformer.config.sample_size, cache_dir=args.cache_dir
@@ -81,12 +85,14 @@ def main() -> None:
     )
     print("|---" * 8 + "|")
     for settings, scheduler_settings in SWEEPS[args.sweep]:
+        words = [str(value) for value in (settings | scheduler_settings).values()]
+        if args.only is not None and args.only not in words:
+            continue
         pipeline.scheduler = AdaptiveEDMScheduler.from_config(config, **scheduler_settings)
         generated = generate_images(pipeline, args.num_images, args.batch_size, **settings)
         measures = measure_images(generated.images, generated.labels, reference, extractor, classifier)
-        name = ", ".join(str(value) for value in (settings | scheduler_settings).values())
         print(
-            f"| {name} | {measures['fd_efflite0']:.1f} | {1000 * measures['kid_efflite0']:.2f} "
+            f"| {', '.join(words)} | {measures['fd_efflite0']:.1f} | {1000 * measures['kid_efflite0']:.2f} "
             f"± {1000 * measures['kid_efflite0_std']:.2f} | {measures['precision']:.3f} "
             f"| {measures['recall']:.3f} | {measures['class_accuracy']:.3f} "
             f"| {generated.evaluations:.1f} | {1 / generated.seconds:.2f} |",
