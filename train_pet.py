@@ -1,7 +1,7 @@
 """Trains a class-conditional diffusion model on small images and saves it as a pipeline folder.
 
-    accelerate launch train_pet.py --dataset_name uoft-cs/cifar10 --classes cat dog --output_dir out
-    --max_train_minutes 60
+    accelerate launch train_pet.py --dataset_name uoft-cs/cifar10 --classes cat dog --output_dir out \\
+        --max_train_minutes 60
 
     python train_pet.py --help          # every option
     accelerate launch train_pet.py … --resume_from_checkpoint latest

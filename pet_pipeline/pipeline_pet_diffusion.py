@@ -423,8 +423,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
             guidance_interval (`tuple[float, float]`, defaults to `(0.05, 5.0)`): lowest and highest guided σ
                 of the schedule `"interval"`.
             negative_class_labels (like `class_labels`, *optional*): classes to steer away from, instead of
-            the null
-                class; one, or one for each class label.
+                the null class; one, or one for each class label.
             num_images_per_prompt (`int`, defaults to 1): images for each class label.
             generator (`torch.Generator` or a list of them, *optional*): for reproducible images. With a list,
                 one for each image, an image does not depend on the others in its batch.
@@ -434,9 +433,9 @@ class PetDiffusionPipeline(DiffusionPipeline):
                 [0, 1]; `"pt"`, `(batch, channels, height, width)` in [0, 1]; or `"latent"`, the raw tensor,
                 about [-1, 1].
             return_dict (`bool`, defaults to `True`): return an `ImagePipelineOutput` instead of a tuple.
-            callback_on_step_end (callable, *optional*): called as `callback(pipeline, step, timestep,
-            callback_kwargs)`
-                after each step; returns a dict whose `latents`, if there, replaces the sample.
+            callback_on_step_end (callable, *optional*): called after each step as
+                `callback(pipeline, step, timestep, callback_kwargs)`; returns a dict whose `latents`, if
+                there, replaces the sample.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): what
                 `callback_kwargs` holds, out of `latents` and `pred_original_sample` (the denoised image D
                 this step was taken with).
@@ -626,9 +625,8 @@ def retrieve_timesteps(
     """Sets the scheduler's grid and returns its timesteps.
 
     Raises:
-        ValueError: if the number of steps is not a positive integer, or `sigmas` is given to a scheduler that
-        does not
-            use noise levels as they are given.
+        ValueError: if the number of steps is not a positive integer, or `sigmas` is given to a scheduler
+            that does not use noise levels as they are given.
     """
     if sigmas is None:
         if (
