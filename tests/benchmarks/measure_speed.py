@@ -2,6 +2,7 @@
 
     python tests/benchmarks/measure_speed.py attention     # linear against softmax attention, by tokens
     python tests/benchmarks/measure_speed.py presets       # both presets, eager and compiled
+    python tests/benchmarks/measure_speed.py baselines     # `small` and the two baselines
     python tests/benchmarks/measure_speed.py optimizer     # Muon, ours against PyTorch's
     python tests/benchmarks/measure_speed.py sampling      # the bundled model by steps, guided or not
     python tests/benchmarks/measure_speed.py start         # from the start of the process to the first image
@@ -18,8 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
+from train_baseline import DiTBaseline, UNetBaseline, forward_flops
 
-from pet_pipeline import PetDiffusionPipeline, PetTransformer2DModel
+from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, PetTransformer2DModel
 from pet_pipeline.evaluation import generate_images
 from pet_pipeline.optimization import BatchedMuon
 from pet_pipeline.transformer_pet import PetAttention
@@ -111,6 +114,26 @@ def measure_presets() -> None:
             print(f"| `{preset}` | {mode} | {batch / step:.1f} | {batch / sample:.1f} |", flush=True)
 
 
+def measure_baselines() -> None:
+    images = torch.randn(64, 3, 32, 32), torch.zeros(64), torch.zeros(64, dtype=torch.long)
+    print("| model | parameters | GFLOP | training step, images/s | evaluations | seconds per image |")
+    print("|---" * 6 + "|")
+    # Preconditioned by frequency, as by default; with these variances it changes nothing.
+    small = PetTransformer2DModel.from_preset("small", frequency_variances=[0.25] * 48)
+    for model in (small, DiTBaseline(), UNetBaseline()):
+
+        def backward(model: ModelMixin = model) -> None:
+            model(*images, return_dict=False)[0].square().mean().backward()
+
+        rate = 64 / best_seconds(backward)
+        pipeline = PetDiffusionPipeline(model.eval(), AdaptiveEDMScheduler())
+        pipeline.set_progress_bar_config(disable=True)
+        runs = [generate_images(pipeline, 64, guidance_scale=1.0) for _ in range(3)]
+        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        cells = f"{size:.2f} M | {forward_flops(model) / 1e9:.2f} | {rate:.1f} | {runs[0].evaluations:.0f}"
+        print(f"| {type(model).__name__} | {cells} | {min(run.seconds for run in runs):.3f} |", flush=True)
+
+
 def measure_optimizer() -> None:
     print("| preset | `torch.optim.Muon`, ms a step | `BatchedMuon` | ratio |\n|---|---|---|---|")
     for preset in ("small", "base"):
@@ -170,6 +193,7 @@ def main() -> None:
     measurements = {
         "attention": measure_attention,
         "presets": measure_presets,
+        "baselines": measure_baselines,
         "optimizer": measure_optimizer,
         "sampling": measure_sampling,
         "start": measure_start,

@@ -4,7 +4,8 @@
     python tests/benchmarks/train_baseline.py unet --optimizer adamw …
 
 The first argument chooses the model; all others are those of `train_pet.py`: same data, noise, loss,
-optimizer, EMA. Both models are scaled to the FLOPs per image of the preset `small`; `--flops` prints them.
+optimizer, EMA. Both models are scaled to the FLOPs per image of the preset `small`, as
+`measure_speed.py baselines` shows.
 """
 
 import json
@@ -114,16 +115,15 @@ def load_denoiser(folder: Path) -> PetTransformer2DModel | Baseline:
     return kinds[class_name].from_pretrained(folder)
 
 
-def print_flops() -> None:
-    """Prints parameters and FLOPs per forward pass of the three models."""
-    for model in (PetTransformer2DModel.from_preset("small"), DiTBaseline(), UNetBaseline()):
-        batch = torch.randn(1, 3, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-        # Forward only: PyTorch counts the backward of depth-wise convolutions as if they were dense.
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(*batch, return_dict=False)
-        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        flops = counter.get_total_flops() / 1e9
-        print(f"{type(model).__name__}: {size:.2f} M, {flops:.2f} GFLOP per forward pass")
+def forward_flops(model: ModelMixin) -> int:
+    """FLOPs of a forward pass of one 32×32 image.
+
+    Not of the backward, where PyTorch counts depth-wise convolutions as if they were dense.
+    """
+    batch = torch.randn(1, 3, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*batch, return_dict=False)
+    return counter.get_total_flops()
 
 
 def main(name: str, arguments: list[str]) -> None:
@@ -136,8 +136,6 @@ def main(name: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--flops"]:
-        sys.exit(print_flops())
     if len(sys.argv) < 2 or sys.argv[1] not in BASELINES:
         sys.exit(f"train_baseline.py: the first argument has to be one of {', '.join(BASELINES)}")
     main(sys.argv[1], sys.argv[2:])
