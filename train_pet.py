@@ -93,7 +93,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--label_column", help="found by its type if not given")
     group.add_argument("--classes", nargs="+", default=["cat", "dog"], help="class names, or `all`")
     group.add_argument(
-        "--resolution", type=int, default=32, help="images are resized and cropped to this size"
+        "--resolution",
+        type=int,
+        help="images are resized and cropped to this size; 32, or the saved model's, if not given",
     )
     group.add_argument("--random_flip", action=flag, default=True, help="mirror images at random")
     group.add_argument("--validation_fraction", type=float, default=0.1, help="of each class, held out")
@@ -112,7 +114,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--pretrained_model_name_or_path",
         help="start from this saved pipeline, its weights and its noise levels, instead of a preset; classes "
-        "are matched by name, new ones start afresh",
+        "are matched by name, new ones start afresh; another --resolution than its own is possible",
     )
     group.add_argument(
         "--frequency_preconditioning",
@@ -286,36 +288,46 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def match_classes(pipeline: PetDiffusionPipeline, class_names: list[str]) -> PetTransformer2DModel:
-    """Returns a saved pipeline's model for these classes, so that other ones can be trained from it.
+def adapt_model(
+    pipeline: PetDiffusionPipeline, class_names: list[str], resolution: int
+) -> PetTransformer2DModel:
+    """Returns a saved pipeline's model for these classes and images of this size, to be trained further.
 
     Classes that the pipeline knows by name keep their embedding, and the null class does; new ones start as
     in a new model. Where the pipeline knows no names, the classes have to be as many, and keep their order.
+    Positions span the same range on images of any size.
 
     Raises:
         ValueError: if it knows no names and another number of classes.
     """
     transformer = pipeline.transformer
-    num_classes = transformer.config.num_classes
+    config = transformer.config
+    num_classes = config.num_classes
     known = {pipeline.id2label[index]: index for index in range(num_classes) if index in pipeline.id2label}
-    if num_classes == len(class_names) and list(known) == class_names:
+    if not known and num_classes != len(class_names):
+        raise ValueError(
+            f"The saved model has {num_classes} classes without names, but --classes names "
+            f"{len(class_names)}."
+        )
+    same_classes = not known or (num_classes == len(class_names) and list(known) == class_names)
+    if same_classes and resolution == config.sample_size:
         return transformer
-    if not known:
-        if num_classes != len(class_names):
-            raise ValueError(
-                f"The saved model has {num_classes} classes without names, but --classes names "
-                f"{len(class_names)}."
-            )
-        return transformer
-    matched = type(transformer).from_config(transformer.config, num_classes=len(class_names))
+    adapted = type(transformer).from_config(
+        config,
+        num_classes=len(class_names),
+        sample_size=resolution,
+        interpolation_scale=config.interpolation_scale * resolution / config.sample_size,
+    )
     weights = transformer.state_dict()
-    rows = matched.class_embedding.weight.detach().clone()
-    rows[-1] = weights["class_embedding.weight"][-1]
-    for row, name in enumerate(class_names):
-        if name in known:
-            rows[row] = weights["class_embedding.weight"][known[name]]
-    matched.load_state_dict({**weights, "class_embedding.weight": rows})
-    return matched
+    if not same_classes:
+        rows = adapted.class_embedding.weight.detach().clone()
+        rows[-1] = weights["class_embedding.weight"][-1]
+        for row, name in enumerate(class_names):
+            if name in known:
+                rows[row] = weights["class_embedding.weight"][known[name]]
+        weights["class_embedding.weight"] = rows
+    adapted.load_state_dict(weights)
+    return adapted
 
 
 def automatic_precision() -> str:
@@ -394,11 +406,18 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
     samples_dir, metrics_path = output_dir / "samples", output_dir / "metrics.jsonl"
 
     # 2. Data: decoded once, the validation part held out
+    if args.pretrained_model_name_or_path is None:
+        pretrained, resolution = None, 32
+    else:
+        pretrained = PetDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
+        resolution = pretrained.transformer.config.sample_size
+    if args.resolution is not None:
+        resolution = args.resolution
     classes = None if args.classes == ["all"] else args.classes
     dataset = load_image_dataset(
         args.dataset_name,
         classes,
-        args.resolution,
+        resolution,
         dataset_config_name=args.dataset_config_name,
         image_column=args.image_column,
         label_column=args.label_column,
@@ -427,14 +446,13 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         "p_mean": args.p_mean,
         "p_std": args.p_std,
     }
-    if args.pretrained_model_name_or_path is not None:
-        pretrained = PetDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
-        transformer = match_classes(pretrained, dataset.class_names).train()
+    if pretrained is not None:
+        transformer = adapt_model(pretrained, dataset.class_names, resolution).train()
         scheduler = AdaptiveEDMScheduler.from_config(pretrained.scheduler.config, **scheduler_config)
     else:
         scheduler = AdaptiveEDMScheduler(prediction_type=args.prediction_type, **scheduler_config)
         model_config = {
-            "sample_size": args.resolution,
+            "sample_size": resolution,
             "num_classes": num_classes,
             "sigma_data": scheduler.config.sigma_data,
             "prediction_type": args.prediction_type,

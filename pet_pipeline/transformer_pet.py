@@ -383,8 +383,8 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     Args:
         sample_size (`int`, defaults to 32): height and width of the training images in pixels. Other
-            multiples of the patch size can be denoised too: positions are computed, scaled to the training
-            grid.
+            multiples of the patch size can be denoised too: positions are computed, and the grid of any image
+            spans those of the training grid.
         in_channels (`int`, defaults to 3): channels of the noisy image and of the prediction.
         num_classes (`int`, defaults to 2): classes, the null class not counted.
         patch_size (`int`, defaults to 4): pixels per token side; has to divide `sample_size`.
@@ -410,6 +410,9 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         sigma_data (`float`, defaults to 0.5): the scheduler's; only `frequency_variances` needs to know it.
         prediction_type (`str`, defaults to `"epsilon"`): the scheduler's, `"epsilon"` or `"v_prediction"`;
             likewise.
+        interpolation_scale (`float`, defaults to 1.0): what positions are divided by. A model that was
+            trained at one size and goes on at another has their ratio here, so that the positions span the
+            range that it knows.
 
     Raises:
         ValueError: if an argument is out of range; the message names it.
@@ -440,6 +443,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         frequency_variances: list[float] | None = None,
         sigma_data: float = 0.5,
         prediction_type: str = "epsilon",
+        interpolation_scale: float = 1.0,
     ) -> None:
         super().__init__()
         for name in (
@@ -457,7 +461,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 raise ValueError(f"`{name}` has to be a positive integer, but is {value!r}.")
         if not isinstance(decoder_layers, int) or isinstance(decoder_layers, bool) or decoder_layers < 0:
             raise ValueError(f"`decoder_layers` has to be a non-negative integer, but is {decoder_layers!r}.")
-        for name in ("feed_forward_ratio", "dropout", "sigma_data"):
+        for name in ("feed_forward_ratio", "dropout", "sigma_data", "interpolation_scale"):
             value = getattr(self.config, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise ValueError(f"`{name}` has to be a number, but is {value!r}.")
@@ -473,8 +477,9 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(
                 f"`feed_forward_ratio` has to be positive and finite, but is {feed_forward_ratio!r}."
             )
-        if not 1e-3 <= sigma_data <= 1e3:
-            raise ValueError(f"`sigma_data` has to be in [0.001, 1000], but is {sigma_data!r}.")
+        for name, value in (("sigma_data", sigma_data), ("interpolation_scale", interpolation_scale)):
+            if not 1e-3 <= value <= 1e3:
+                raise ValueError(f"`{name}` has to be in [0.001, 1000], but is {value!r}.")
         if prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
                 f"`prediction_type` has to be 'epsilon' or 'v_prediction', but is {prediction_type!r}."
@@ -642,10 +647,11 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def position_embedding(
         self, height: int, width: int, device: str | torch.device | None = None
     ) -> torch.Tensor:
-        """Returns 2D sinusoidal positions of shape `(height * width, dim)`, scaled to the training grid."""
+        """Returns 2D sinusoidal positions, `(height * width, dim)`, in the range of the training grid's."""
         return get_2d_sincos_pos_embed(
             self.config.num_attention_heads * self.config.attention_head_dim,
             (height, width),
+            interpolation_scale=self.config.interpolation_scale,
             base_size=self.config.sample_size // self.config.patch_size,
             device=device,
         ).float()

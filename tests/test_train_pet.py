@@ -193,7 +193,7 @@ def test_fine_tuning_starts_from_saved_weights(finished_run, image_folder, tmp_p
 def test_fine_tuning_matches_classes_by_name(finished_run):
     pipeline = PetDiffusionPipeline.from_pretrained(finished_run)  # cat, dog
     cat, dog, null = pipeline.transformer.class_embedding.weight.detach()
-    matched = train_pet.match_classes(pipeline, ["dog", "bird", "cat"])
+    matched = train_pet.adapt_model(pipeline, ["dog", "bird", "cat"], resolution=8)
     rows = matched.class_embedding.weight
     assert matched.config.num_classes == 3
     assert torch.equal(rows[[0, 2, 3]], torch.stack([dog, cat, null]))
@@ -206,9 +206,26 @@ def test_fine_tuning_matches_classes_by_name(finished_run):
 def test_fine_tuning_a_model_without_class_names(finished_run):
     pipeline = PetDiffusionPipeline.from_pretrained(finished_run)
     pipeline.id2label.clear()
-    assert train_pet.match_classes(pipeline, ["bird", "dog"]) is pipeline.transformer
+    assert train_pet.adapt_model(pipeline, ["bird", "dog"], resolution=8) is pipeline.transformer
     with pytest.raises(ValueError, match="2 classes without names, but --classes names 3"):
-        train_pet.match_classes(pipeline, ["bird", "cat", "dog"])
+        train_pet.adapt_model(pipeline, ["bird", "cat", "dog"], resolution=8)
+
+
+def test_fine_tuning_at_another_size(finished_run, image_folder, tmp_path):
+    options = {"pretrained_model_name_or_path": finished_run, "max_train_steps": 1, "learning_rate": 0}
+    options |= {"model_config": None, "muon_learning_rate": 0, "preview_images": 1}
+    train(image_folder, tmp_path / "larger", resolution=16, **options)
+    before = PetDiffusionPipeline.from_pretrained(finished_run)
+    after = PetDiffusionPipeline.from_pretrained(tmp_path / "larger")
+    assert after("cat", num_inference_steps=1).images[0].size == (16, 16)
+    # The positions are those that the model knows, so that before it trains it is the same function.
+    inputs = torch.randn(2, 3, 16, 16), torch.zeros(2), torch.tensor([0, 1])
+    assert torch.equal(after.transformer(*inputs).sample, before.transformer(*inputs).sample)
+
+    options |= {"pretrained_model_name_or_path": tmp_path / "larger", "resolution": None}
+    train(image_folder, tmp_path / "same", **options)  # the size is the model's
+    config = PetDiffusionPipeline.from_pretrained(tmp_path / "same").transformer.config
+    assert config.sample_size == 16 and config.interpolation_scale == 2
 
 
 @pytest.mark.parametrize(
