@@ -13,6 +13,7 @@ number.
 """
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -71,6 +72,14 @@ from pet_pipeline.visualization import denoising_strip, loss_curves, sample_grid
 
 MODEL_CARD = Path(__file__).with_name("model_card.md")
 
+# Arguments of the model that the data and the scheduler have a say in.
+MODEL_OPTIONS = {
+    "sample_size": "use --resolution",
+    "num_classes": "use --classes",
+    "prediction_type": "use --prediction_type",
+    "sigma_data": "the scheduler's is 0.5",
+}
+
 # As many steps in a row without a finite gradient end a training. Each halves the loss scale of fp16, which
 # starts at 65,536: up to here that alone may be the reason.
 MAX_SKIPPED_STEPS = 10
@@ -113,8 +122,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--pretrained_model_name_or_path",
-        help="start from this saved pipeline, its weights and its noise levels, instead of a preset; classes "
-        "are matched by name, new ones start afresh; another --resolution than its own is possible",
+        help="start from this saved pipeline instead of a preset; classes are matched by name, new ones "
+        "start afresh; another --resolution than its own is possible; noise levels are drawn as the options "
+        "here say",
     )
     group.add_argument(
         "--frequency_preconditioning",
@@ -184,7 +194,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--mixed_precision",
         choices=["auto", "no", "bf16", "fp16"],
         default="auto",
-        help="auto: bf16 where it is clearly faster",
+        help="auto: what Accelerate is configured for, else bf16 where it is clearly faster",
     )
     group.add_argument(
         "--allow_tf32", action=flag, default=False, help="faster float32 matrix products on Ampere and later"
@@ -263,10 +273,18 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--label_dropout has to be in [0, 1], but is {args.label_dropout}")
     if args.max_train_steps is None and args.num_train_epochs is None and args.max_train_minutes is None:
         parser.error("one of --max_train_steps, --num_train_epochs and --max_train_minutes is needed")
-    if args.pretrained_model_name_or_path is not None and args.model_config:
-        parser.error(
-            "--model_config describes a new model; it has no use with --pretrained_model_name_or_path"
-        )
+    if args.pretrained_model_name_or_path is not None:
+        for name in ("preset", "model_config", "prediction_type", "frequency_preconditioning"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(
+                    f"--{name} describes a new model; it has no use with --pretrained_model_name_or_path"
+                )
+    known = inspect.signature(PetTransformer2DModel.__init__).parameters
+    for name in args.model_config:
+        if name in MODEL_OPTIONS:
+            parser.error(f"{name} in --model_config is not for a model alone: {MODEL_OPTIONS[name]}")
+        if name not in known:
+            parser.error(f"--model_config has {name!r}, but the model has no such argument")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         parser.error("--mixed_precision fp16 needs a GPU; use bf16 or no")
     for name in ("hub_model_id", "hub_private_repo", "hub_token", "hub_strategy"):
@@ -331,11 +349,14 @@ def adapt_model(
 
 
 def automatic_precision() -> str:
-    """Returns `"bf16"` where the hardware multiplies it clearly faster than float32, else `"no"`.
+    """Returns what Accelerate is configured for, else `"bf16"` where that is clearly faster, or `"no"`.
 
     CPUs have to be asked: with AMX bfloat16 is several times faster, with AVX512-BF16 alone it may be half as
     fast.
     """
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by `accelerate launch`
+    if configured != "no":
+        return configured
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     matrix = torch.randn(1024, 1024)
@@ -394,6 +415,8 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         log_with=args.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
     )
+    if args.report_to is not None and not accelerator.log_with:
+        raise ValueError(f"--report_to {args.report_to} needs that package, which is not installed.")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ValueError(
@@ -532,16 +555,21 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
     if args.num_train_epochs is not None:
         limits.append(math.ceil(args.num_train_epochs * len(train_loader) / args.gradient_accumulation_steps))
     max_steps = min(limits, default=None)
+    set_seed(args.seed, device_specific=True)  # a process that the checkpoint does not know keeps this
     if checkpoint is not None:
+        options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        ema_options = {name: getattr(ema, name) for name in ("decay", "inv_gamma", "power")}
         try:
             accelerator.load_state(str(checkpoint))
         except (RuntimeError, ValueError, KeyError) as error:  # of shapes, parameter groups and names
             raise ValueError(
                 f"The checkpoint {str(checkpoint)!r} is of another configuration: {error}"
             ) from error
+        # Where the command says something else now, it counts, as for everything that no checkpoint keeps.
+        for group, values in zip(optimizer.param_groups, options):
+            group.update(values)
+        vars(ema).update(ema_options)
         accelerator.print(f"Resumed at step {state.step:,} after {state.images:,} images.")
-    else:
-        set_seed(args.seed, device_specific=True)
     ema.to(accelerator.device)  # loading leaves it on the CPU
     if accelerator.is_main_process:
         samples_dir.mkdir(exist_ok=True)
@@ -613,7 +641,7 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
             }
         )
         accelerator.print(f"step {state.step:,}, {state.images:,} images, validation loss {loss:.4f}")
-        if loss < state.best_loss:
+        if loss < state.best_loss or not (output_dir / "best").exists():
             state.best_loss = loss
             save_pipeline(pipeline, output_dir / "best")
 

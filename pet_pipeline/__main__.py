@@ -14,11 +14,14 @@ from .schedulers import SCHEDULERS, scheduler_by_name
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .evaluation import Reference
     from .pipeline_pet_diffusion import PetDiffusionPipeline
 
 
 # Known here too, as `--help` should not wait for PyTorch.
 SCHEDULES = ["adaptive", "constant", "interval", "original"]
+# Which extra brings a module that may be missing.
+EXTRAS = {"datasets": "train", "torchmetrics": "eval", "gradio": "app"}
 GRID_COLUMNS = 32  # images of each class in the grid of `generate`
 
 
@@ -121,10 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     calibrate.add_argument("model", metavar="PATH", help="folder of a saved pipeline")
-    calibrate.add_argument(
-        "--reference", required=True, metavar="DATASET", help="Hub id, local data set or image folder"
-    )
-    calibrate.add_argument("--cache_dir", help="cache of `datasets`")
+    add_reference_options(calibrate, "Hub id, local data set or image folder", required=True)
     calibrate.add_argument(
         "--num_images", type=positive_integer, default=1000, help="of all classes, at most"
     )
@@ -147,15 +147,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="saved pipeline or Hub id; the model of the package if not given",
     )
-    evaluate.add_argument(
-        "--reference", required=True, metavar="DATASET", help="Hub id, local data set or image folder"
-    )
+    add_reference_options(evaluate, "Hub id, local data set or image folder", required=True)
     evaluate.add_argument(
         "--split",
         default="train",
         help="split compared with: train, validation (held out of train), or another of the data set",
     )
-    evaluate.add_argument("--cache_dir", help="cache of `datasets`")
     evaluate.add_argument("--num_images", type=positive_integer, default=1000, help="images of all classes")
     evaluate.add_argument(
         "--features",
@@ -200,17 +197,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="saved pipeline or Hub id; the model of the package if not given",
     )
-    app.add_argument(
-        "--reference",
-        metavar="DATASET",
-        help="what the model was trained on (Hub id, local data set or image folder): the page then shows "
-        "the training images closest to each sample",
+    add_reference_options(
+        app,
+        "what the model was trained on (Hub id, local data set or image folder): the page then shows the "
+        "training images closest to each sample",
     )
-    app.add_argument("--cache_dir", help="cache of `datasets`")
     app.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; with 0.0.0.0 other machines see the page"
     )
-    app.add_argument("--port", type=positive_integer, help="the first free one from 7860 on if not given")
+    app.add_argument("--port", type=port, help="the first free one from 7860 on if not given")
     app.add_argument(
         "--share", action="store_true", help="get a public address, through the servers of Gradio"
     )
@@ -238,6 +233,34 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_reference_options(parser: argparse.ArgumentParser, help: str, required: bool = False) -> None:
+    """Adds the options that name a data set and how `train_pet.py` read and split it."""
+    parser.add_argument("--reference", required=required, metavar="DATASET", help=help)
+    parser.add_argument("--dataset_config_name", help="configuration of the data set")
+    parser.add_argument("--image_column", help="found by its type if not given")
+    parser.add_argument("--label_column", help="found by its type if not given")
+    parser.add_argument(
+        "--validation_fraction", type=float, default=0.1, help="of each class; what the training held out"
+    )
+    parser.add_argument("--max_train_samples", type=positive_integer, help="what the training was given")
+    parser.add_argument("--cache_dir", help="cache of `datasets`")
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with a message where an option would have no effect."""
+    if args.command != "evaluate":
+        return
+    defaults = parser.parse_args(["evaluate", "--reference", "any"])
+    if args.classification:
+        word = "with"
+        unused = ["steps", "guidance_scale", "guidance_schedule", "scheduler", "features", "floors"]
+    else:
+        word, unused = "without", ["num_evaluations", "curve"]
+    for name in unused:
+        if getattr(args, name) != getattr(defaults, name):
+            parser.error(f"--{name} has no use {word} --classification")
+
+
 def positive_integer(text: str) -> int:
     """Parses a number of at least 1."""
     number = int(text)
@@ -251,6 +274,14 @@ def number_of_steps(text: str) -> int:
     number = positive_integer(text)
     if number > 1000:
         raise argparse.ArgumentTypeError(f"has to be at most 1000, but is {number}")
+    return number
+
+
+def port(text: str) -> int:
+    """Parses the number of a port."""
+    number = positive_integer(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"has to be at most 65535, but is {number}")
     return number
 
 
@@ -324,6 +355,25 @@ def load_pipeline(
         raise ValueError(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
+def load_reference_of(args: argparse.Namespace, pipeline: "PetDiffusionPipeline", split: str) -> "Reference":
+    """Loads the data set of the options of [`add_reference_options`] for the classes of a pipeline."""
+    from .evaluation import load_reference
+    from .visualization import class_names
+
+    return load_reference(
+        args.reference,
+        class_names(pipeline),
+        pipeline.transformer.config.sample_size,
+        split,
+        args.validation_fraction,
+        args.max_train_samples,
+        dataset_config_name=args.dataset_config_name,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        cache_dir=args.cache_dir,
+    )
+
+
 def run_generate(args: argparse.Namespace) -> None:
     """Makes the images of `pet-pipeline generate`."""
     # Imported here: `--help` and mistakes should not wait for PyTorch.
@@ -340,7 +390,13 @@ def run_generate(args: argparse.Namespace) -> None:
     pipeline = load_pipeline(args.model, args.scheduler, args.device, args.dtype)
     names = args.classes or class_names(pipeline)
     label_ids, negative_ids = (
-        pipeline.get_label_ids([int(name) if name.isdigit() else name for name in list_of_names])
+        pipeline.get_label_ids(
+            # A number is an id, unless a class has it for a name.
+            [
+                int(name) if name.isdecimal() and name not in pipeline.id2label.values() else name
+                for name in list_of_names
+            ]
+        )
         for list_of_names in (names, [args.negative_class] if args.negative_class else [])
     )
     settings = {
@@ -421,7 +477,7 @@ def run_classify(args: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
-    from .pipeline_pet_classification import IMAGE_FORMATS, PetClassificationPipeline
+    from .pipeline_pet_classification import IMAGE_FORMATS, PetClassificationPipeline, eight_bit_image
     from .visualization import class_names, evidence_figure
 
     files = image_files(args.images)
@@ -460,7 +516,7 @@ def run_classify(args: argparse.Namespace) -> None:
         pictures = []
         for file in good:
             with Image.open(file, formats=IMAGE_FORMATS) as picture:
-                pictures.append(picture.convert("RGB"))
+                pictures.append(eight_bit_image(picture))
         evidence_figure(pictures, evidence, class_names(pipeline)).save(args.evidence)
     if bad:
         raise ValueError(f"{len(bad)} of {len(files)} files could not be classified.")
@@ -469,7 +525,7 @@ def run_classify(args: argparse.Namespace) -> None:
 def run_calibrate(args: argparse.Namespace) -> None:
     """Calibrates a model, as `pet-pipeline calibrate` does."""
     from .classification import class_errors, fit_calibration, measure_classification
-    from .evaluation import balanced_subset, load_reference
+    from .evaluation import balanced_subset
     from .pipeline_pet_classification import PetClassificationPipeline
     from .pipeline_pet_diffusion import PetDiffusionPipeline
     from .visualization import class_names
@@ -481,10 +537,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
     pipeline = load_pipeline(args.model, device=args.device)
     classifier = PetClassificationPipeline.from_pipe(pipeline)
     classifier.set_progress_bar_config(disable=True)
-    resolution = pipeline.transformer.config.sample_size
-    reference = load_reference(
-        args.reference, class_names(pipeline), resolution, "validation", args.cache_dir
-    )
+    reference = load_reference_of(args, pipeline, "validation")
     held_out = balanced_subset(reference.validation, args.num_images)
     errors = class_errors(classifier, held_out, args.num_evaluations, seed=args.seed)
     calibration = fit_calibration(errors, held_out.labels)
@@ -504,15 +557,14 @@ def run_calibrate(args: argparse.Namespace) -> None:
 def run_evaluate_classification(args: argparse.Namespace) -> None:
     """Measures the classifier, as `pet-pipeline evaluate --classification` does."""
     from .classification import accuracy_curve, evaluate_classification
-    from .evaluation import balanced_subset, class_accuracy, load_classifier, load_reference, save_record
+    from .evaluation import balanced_subset, class_accuracy, load_classifier, save_record
     from .pipeline_pet_classification import PetClassificationPipeline
     from .visualization import class_names, reliability_diagram
 
     pipeline = PetClassificationPipeline.from_pipe(load_pipeline(args.model, device=args.device))
     pipeline.set_progress_bar_config(disable=True)
     names = class_names(pipeline)
-    resolution = pipeline.transformer.config.sample_size
-    reference = load_reference(args.reference, names, resolution, args.split, args.cache_dir)
+    reference = load_reference_of(args, pipeline, args.split)
     images = balanced_subset(reference.images, args.num_images)
     measures, probabilities = evaluate_classification(
         pipeline, images, args.num_evaluations, args.batch_size, args.seed
@@ -527,7 +579,7 @@ def run_evaluate_classification(args: argparse.Namespace) -> None:
         },
         "measures": measures,
     }
-    network = load_classifier(names)
+    network = load_classifier(names, pipeline.transformer.config.sample_size)
     if network is not None:
         measures["network_accuracy"] = class_accuracy(images.images, images.labels, network)
     if args.curve:
@@ -550,16 +602,14 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """Measures a model, as `pet-pipeline evaluate` does."""
     if args.classification:
         return run_evaluate_classification(args)
-    from .evaluation import evaluate, load_reference, markdown_table, neighbor_grid, save_record
+    from .evaluation import evaluate, generated_grid, markdown_table, neighbor_grid, save_record
     from .metrics import FEATURE_EXTRACTORS
-    from .visualization import class_names, sample_grid
+    from .visualization import class_names
 
     extractor = FEATURE_EXTRACTORS[args.features]()
     pipeline = load_pipeline(args.model, args.scheduler, args.device)
     pipeline.set_progress_bar_config(leave=False)
-    names = class_names(pipeline)
-    resolution = pipeline.transformer.config.sample_size
-    reference = load_reference(args.reference, names, resolution, args.split, args.cache_dir)
+    reference = load_reference_of(args, pipeline, args.split)
     settings = {
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
@@ -582,34 +632,24 @@ def run_evaluate(args: argparse.Namespace) -> None:
         # Absolute, a path cannot be taken for a Hub id.
         "reference": str(Path(args.reference).resolve()) if is_local else args.reference,
         "split": args.split,
+        **({} if args.scheduler is None else {"scheduler": args.scheduler}),
         **record["settings"],
     }
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     save_record(record, out / "evaluation.json")
     neighbor_grid(generated.images, reference).save(out / "neighbors.png")
-    sample_grid(pipeline, seed=args.seed, **settings).save(out / "samples.png")
+    generated_grid(generated, class_names(pipeline)).save(out / "generated.png")
     print(markdown_table(record, Path(args.model).name if args.model else "bundled model"))
-    print(f"evaluation.json, samples.png and neighbors.png are in {out}.")
+    print(f"evaluation.json, generated.png and neighbors.png are in {out}.")
 
 
 def run_app(args: argparse.Namespace) -> None:
     """Serves the web page of `pet-pipeline app`."""
-    try:
-        from .app import launch
-    except ModuleNotFoundError as error:
-        raise ImportError(f'{error}; `pip install "pet-pipeline[app]"` installs it.') from None
-    from .visualization import class_names
+    from .app import launch
 
     pipeline = load_pipeline(args.model, device=args.device)
-    reference = None
-    if args.reference is not None:
-        from .evaluation import load_reference
-
-        resolution = pipeline.transformer.config.sample_size
-        reference = load_reference(
-            args.reference, class_names(pipeline), resolution, cache_dir=args.cache_dir
-        )
+    reference = None if args.reference is None else load_reference_of(args, pipeline, "train")
     launch(pipeline, reference, args.host, args.port, args.share)
 
 
@@ -626,18 +666,25 @@ def run_push(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns 0, 1 for a failure or 130 for Ctrl-C, and exits with 2 for misuse."""
     words = sys.argv[1:] if arguments is None else arguments
-    args = build_parser().parse_args(words)
+    parser = build_parser()
+    args = parser.parse_args(words)
+    check_options(parser, args)
     try:
         if getattr(args, "like", None) is not None:
             # What is given comes after the settings of the image and so replaces them.
             like = [
                 word for word in words_like(args.like) if not (args.classes and word.startswith("--class="))
             ]
-            args = build_parser().parse_args([args.command, *like, *words[words.index(args.command) + 1 :]])
+            args = parser.parse_args([args.command, *like, *words[words.index(args.command) + 1 :]])
         args.run(args)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except ImportError as error:
+        extra = EXTRAS.get(str(error.name).partition(".")[0])
+        hint = f'; `pip install "pet-pipeline[{extra}]"` installs it' if extra else ""
+        print(f"pet-pipeline: {error}{hint}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
         print(f"pet-pipeline: {error}", file=sys.stderr)
         return 1
     return 0

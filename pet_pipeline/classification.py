@@ -68,9 +68,17 @@ def fit_calibration(errors: ClassErrors, labels: torch.Tensor, penalty: float = 
 
     Returns:
         `dict`: `{"weights": [...]}`, the `calibration` of the pipelines.
+
+    Raises:
+        ValueError: if a band has no draw, so that nothing tells its weight.
     """
     low, high = BAND_RANGE
     bands = ((errors.sigmas / low).log() / math.log(high / low) * NUM_BANDS).long().clamp(0, NUM_BANDS - 1)
+    if len(bands.unique()) < NUM_BANDS:
+        raise ValueError(
+            f"The noise levels drawn lie in {len(bands.unique())} of the {NUM_BANDS} bands; a calibration "
+            f"needs all of them, which {2 * NUM_BANDS} evaluations for each class reach."
+        )
     one_hot = F.one_hot(bands, NUM_BANDS).double() / len(bands)
     features = (
         errors.errors.double() @ one_hot
@@ -182,8 +190,7 @@ def accuracy_curve(
 
     Args:
         pipeline ([`PetClassificationPipeline`]), dataset ([`ImageDataset`]), batch_size (`int`, defaults to
-        64),
-            seed (`int`, defaults to 0): see [`evaluate_classification`].
+            64), seed (`int`, defaults to 0): see [`evaluate_classification`].
         num_evaluations (`int`, defaults to 32): the most evaluations for each class; twice as many are made,
             as classes with noise of their own need other draws.
 

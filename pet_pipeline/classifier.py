@@ -25,11 +25,16 @@ class PetClassifier(ModelMixin, ConfigMixin):
             logits.
         in_channels (`int`, defaults to 3): channels of the images.
         width (`int`, defaults to 32): channels of the first convolution; the last have four times as many.
+        sample_size (`int`, defaults to 32): height and width of the images that it was trained on, in pixels.
     """
 
     @register_to_config
     def __init__(
-        self, class_names: Sequence[str] = ("cat", "dog"), in_channels: int = 3, width: int = 32
+        self,
+        class_names: Sequence[str] = ("cat", "dog"),
+        in_channels: int = 3,
+        width: int = 32,
+        sample_size: int = 32,
     ) -> None:
         super().__init__()
         self.conv_in = convolution(in_channels, width)

@@ -6,8 +6,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms.v2 import functional
+
+from .pipeline_pet_classification import eight_bit_image
 
 
 @dataclass
@@ -78,7 +80,8 @@ def load_image_dataset(
         [`ImageDataset`]
 
     Raises:
-        ValueError: if the data set cannot be loaded, a column or class is missing, or a class has no image.
+        ValueError: if the data set cannot be loaded, a column or class is missing, a class has no image, or
+            an image cannot be used.
     """
     if Path(dataset_name).is_dir():
         dataset_name = str(Path(dataset_name).resolve())
@@ -114,7 +117,10 @@ def load_image_dataset(
     class_ids = np.repeat(np.arange(len(classes)), [len(r) for r in rows_of_class])[order]
     images = torch.empty(len(rows), 3, resolution, resolution, dtype=torch.uint8)
     for index, row in enumerate(dataset.select_columns([image_column]).select(rows[order])):
-        images[index] = image_to_tensor(row[image_column], resolution)
+        try:
+            images[index] = image_to_tensor(row[image_column], resolution)
+        except ValueError as error:
+            raise ValueError(f"The image of row {rows[order][index]} cannot be used: {error}") from None
     return ImageDataset(images, torch.from_numpy(class_ids), classes)
 
 
@@ -151,7 +157,7 @@ def find_column(dataset: datasets.Dataset, column: str | None, feature_type: typ
 
 def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
     """Returns an image upright, in RGB, resized and cropped at the centre, as uint8 `(3, height, width)`."""
-    tensor = functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+    tensor = functional.pil_to_tensor(eight_bit_image(image))
     tensor = functional.resize(tensor, [resolution], functional.InterpolationMode.BICUBIC, antialias=True)
     return functional.center_crop(tensor, [resolution])
 

@@ -25,6 +25,7 @@ from .metrics import (
     precision_recall,
     validation_loss,
 )
+from .scheduling_adaptive_edm import AdaptiveEDMScheduler
 from .visualization import class_names, image_generators, image_grid
 
 
@@ -61,24 +62,32 @@ class GeneratedImages:
 
 
 def load_reference(
-    dataset_name: str, classes: list[str], resolution: int, split: str = "train", cache_dir: str | None = None
+    dataset_name: str,
+    classes: list[str],
+    resolution: int,
+    split: str = "train",
+    validation_fraction: float = 0.1,
+    max_train_samples: int | None = None,
+    **kwargs: Any,
 ) -> Reference:
     """Loads a data set for an evaluation, split as `train_pet.py` splits it.
 
     Args:
-        dataset_name (`str`), classes (`list[str]`), resolution (`int`), cache_dir (`str`, *optional*): see
-            [`load_image_dataset`].
+        dataset_name (`str`), classes (`list[str]`), resolution (`int`): see [`load_image_dataset`].
         split (`str`, defaults to `"train"`): `"train"`, `"validation"` for the images held out of it, or
             another split of the data set.
+        validation_fraction (`float`, defaults to 0.1), max_train_samples (`int`, *optional*): those of the
+            training, see [`stratified_split`] and `max_samples` of [`load_image_dataset`].
+        kwargs: further arguments of [`load_image_dataset`].
     """
-    dataset = load_image_dataset(dataset_name, classes, resolution, cache_dir=cache_dir)
-    train, validation = stratified_split(dataset, 0.1, seed=0)
+    dataset = load_image_dataset(dataset_name, classes, resolution, max_samples=max_train_samples, **kwargs)
+    train, validation = stratified_split(dataset, validation_fraction)
     if split == "train":
         images = train
     elif split == "validation":
         images = validation
     else:
-        images = load_image_dataset(dataset_name, classes, resolution, split, cache_dir=cache_dir)
+        images = load_image_dataset(dataset_name, classes, resolution, split, **kwargs)
     return Reference(train, validation, images)
 
 
@@ -145,9 +154,9 @@ def measure_images(
             kept.
 
     Returns:
-        `dict[str, float]`: `fd_…` and `kid_…` with its deviation `kid_…_std` (… names the features),
-        `precision`, `recall`, `memorization_ratio`, `nearest_distance` (the median, RMS in [-1, 1]) and
-        `class_accuracy`.
+        `dict[str, float]`: `fd_…` and `kid_…` (… names the features), for more than 1,000 images also its
+        deviation `kid_…_std`, `precision`, `recall`, `memorization_ratio`, `nearest_distance` (the median,
+        RMS in [-1, 1]) and `class_accuracy`.
     """
     real = balanced_subset(reference.images, len(images))
     real_features = image_features(real.images, extractor, cache=True)
@@ -161,7 +170,7 @@ def measure_images(
         "num_reference_images": len(real),
         f"fd_{name}": frechet_distance(real_features, features),
         f"kid_{name}": kid,
-        f"kid_{name}_std": kid_std,
+        **({} if kid_std is None else {f"kid_{name}_std": kid_std}),
         "precision": precision,
         "recall": recall,
         "memorization_ratio": neighbors.memorization_ratio(),
@@ -179,10 +188,10 @@ def class_accuracy(images: torch.Tensor, labels: torch.Tensor, classifier: PetCl
     return (torch.cat(found) == labels).float().mean().item()
 
 
-def load_classifier(names: list[str]) -> PetClassifier | None:
-    """Loads the classifier of the package if it knows exactly these classes, in this order; else `None`."""
-    known = PetClassifier.load_config(BUNDLED_CLASSIFIER)["class_names"]
-    if list(known) != list(names):
+def load_classifier(names: list[str], resolution: int) -> PetClassifier | None:
+    """Loads the classifier of the package if it knows these classes, in this order and size; else `None`."""
+    config = PetClassifier.load_config(BUNDLED_CLASSIFIER)
+    if config["class_names"] != list(names) or config["sample_size"] != resolution:
         return None
     return PetClassifier.from_pretrained(BUNDLED_CLASSIFIER, dtype=torch.float32)
 
@@ -238,6 +247,14 @@ def neighbor_grid(images: torch.Tensor, reference: Reference, num_images: int = 
     )
 
 
+def generated_grid(generated: GeneratedImages, names: list[str], num_images: int = 8) -> Image.Image:
+    """Draws the first of the generated images, a row of `num_images` for each class."""
+    rows = [generated.images[generated.labels == label][:num_images] for label in range(len(names))]
+    return image_grid(
+        [[Image.fromarray(image.permute(1, 2, 0).numpy()) for image in row] for row in rows], names, scale=4
+    )
+
+
 def evaluate(
     pipeline: DiffusionPipeline,
     reference: Reference,
@@ -273,7 +290,7 @@ def evaluate(
             f"{num_images} generated images need as many real ones, but the reference has "
             f"{len(reference.images)}."
         )
-    classifier = load_classifier(class_names(pipeline))
+    classifier = load_classifier(class_names(pipeline), pipeline.transformer.config.sample_size)
     generated = generate_images(pipeline, num_images, batch_size, seed, **kwargs)
     record: dict[str, Any] = {
         "date": date.today().isoformat(),
@@ -288,7 +305,9 @@ def evaluate(
         held_out = reference.validation.subset(
             torch.arange(min(validation_images, len(reference.validation)))
         )
-        errors = validation_loss(pipeline.transformer, pipeline.scheduler, held_out, batch_size)
+        # One of diffusers does not know the target of the training.
+        scheduler = AdaptiveEDMScheduler.from_config(pipeline.scheduler.config)
+        errors = validation_loss(pipeline.transformer, scheduler, held_out, batch_size)
         record["measures"]["validation_loss"] = sum(errors.values()) / len(errors)
     if with_floors:
         record["floors"] = floors(reference, num_images, extractor, classifier)

@@ -579,6 +579,7 @@ def evaluation_section(record: dict[str, Any]) -> str:
         "num_inference_steps": "{} steps",
         "guidance_scale": "guidance {}",
         "guidance_schedule": "schedule `{}`",
+        "scheduler": "scheduler `{}`",
     }
     drawn = [phrase.format(settings[name]) for name, phrase in phrases.items() if name in settings]
     lines = [

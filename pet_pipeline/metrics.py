@@ -234,7 +234,7 @@ def frechet_distance(reference: torch.Tensor, features: torch.Tensor) -> float:
 
 def kernel_distance(
     reference: torch.Tensor, features: torch.Tensor, subsets: int = 50, subset_size: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """Kernel distance (KID, Bińkowski et al. 2018): the squared maximum mean discrepancy, unbiased.
 
     Args:
@@ -245,10 +245,12 @@ def kernel_distance(
         seed (`int`, defaults to 0): of the draws.
 
     Returns:
-        `tuple[float, float]`: the mean over the subsets and their standard deviation.
+        `tuple[float, float | None]`: the mean over the subsets and their standard deviation, `None` where
+            each of them has all images.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
+    is_drawn = subset_size < max(len(reference), len(features))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save")
         torch.manual_seed(seed)
@@ -260,7 +262,7 @@ def kernel_distance(
         metric.update(reference.double(), real=True)
         metric.update(features.double(), real=False)
         mean, deviation = metric.compute()
-    return mean.item(), deviation.item()
+    return mean.item(), deviation.item() if is_drawn else None
 
 
 def precision_recall(

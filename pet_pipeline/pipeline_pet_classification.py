@@ -90,6 +90,24 @@ class PetClassificationOutput(BaseOutput):
     evidence: list[ClassificationEvidence] | None = None
 
 
+def eight_bit_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """Returns an image upright, in mode `"RGB"` or `"L"`, on white where it is transparent.
+
+    Grey levels of 16 bits are scaled, where Pillow's own conversion would cut them off at 255.
+
+    Raises:
+        ValueError: if the pixels are floating-point numbers, whose range is unknown.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of an unknown range.")
+    if image.mode[0] == "I":
+        image = image.point(lambda value: value * (1 / 257)).convert("L")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert(mode)
+
+
 class PetClassificationPipeline(DiffusionPipeline):
     r"""Classifies images with a class-conditional EDM denoiser.
 
@@ -342,13 +360,15 @@ class PetClassificationPipeline(DiffusionPipeline):
         scores = -(lead * used).sum(-1) / used.sum(-1)
         probabilities = scores.clamp_max(0).softmax(1)
         names = [self.id2label.get(index, str(index)) for index in range(num_classes)]
+        evidence = None
+        if maps is not None:
+            evidence = self.evidence(errors, maps / num_draws, scores, best, sigmas, names)
         output = PetClassificationOutput(
             labels=[names[index] for index in best.tolist()],
             probabilities=[dict(zip(names, row)) for row in probabilities.tolist()],
             num_evaluations=(2 * used.sum((1, 2))).tolist(),
+            evidence=evidence,
         )
-        if maps is not None:
-            output.evidence = self.evidence(errors, maps / num_draws, scores, best, sigmas, names)
         self.maybe_free_model_hooks()
         if not return_dict:
             return tuple(output.values())
@@ -382,10 +402,11 @@ class PetClassificationPipeline(DiffusionPipeline):
             except Exception as error:  # of damaged files Pillow raises nearly anything
                 raise ValueError(f"{name} cannot be read as an image: {error}") from None
         if isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.BICUBIC)
+            try:
+                image = eight_bit_image(image, "L" if channels == 1 else "RGB")
+            except ValueError as error:
+                raise ValueError(f"{name} cannot be used: {error}") from None
+            image = ImageOps.fit(image, (size, size), Image.BICUBIC)
             data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
             image = data.view(size, size, channels).permute(2, 0, 1)
         if not isinstance(image, torch.Tensor):

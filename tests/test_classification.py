@@ -154,10 +154,17 @@ def test_calibrate_keeps_weights_and_evaluate_uses_them(saved, image_folder, tmp
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"classification.json", "reliability.png"}
     record = json.loads((tmp_path / "out" / "classification.json").read_text())
     assert record["measures"]["num_images"] == 8 and len(record["curve"]) == 8
-    assert 0 <= record["measures"]["network_accuracy"] <= 1
     assert "| accuracy |" in capsys.readouterr().out
     assert main(["calibrate", "nowhere", "--reference", str(image_folder)]) == 1
     assert "'nowhere' is no folder" in capsys.readouterr().err
+
+
+def test_a_calibration_needs_every_band(saved, image_folder, tmp_path, capsys):
+    before = (tmp_path / "model" / "model_index.json").read_bytes()
+    words = ["calibrate", saved, "--reference", str(image_folder), "--cache_dir", str(tmp_path / "cache")]
+    assert main([*words, "--num_evaluations", "14"]) == 1
+    assert "7 of the 8 bands" in capsys.readouterr().err
+    assert (tmp_path / "model" / "model_index.json").read_bytes() == before
 
 
 def test_a_model_of_one_class_cannot_classify(tmp_path, image_folder, capsys):

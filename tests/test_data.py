@@ -1,4 +1,5 @@
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -79,6 +80,16 @@ def test_images_are_upright_and_cropped_at_the_centre():
     assert image_to_tensor(turned, 8)[0, :, 7].min() == 255
     for mode in ("L", "P", "RGBA", "1"):
         assert image_to_tensor(Image.new(mode, (9, 9)), 4).shape == (3, 4, 4)
+
+
+def test_sixteen_bits_and_transparency():
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    tensor = image_to_tensor(Image.fromarray(ramp), 8)
+    assert (tensor[0].float() - torch.from_numpy(ramp / 257.0)).abs().max() <= 1
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert (image_to_tensor(clear, 8) == 255).all()
+    with pytest.raises(ValueError, match="floating-point"):
+        image_to_tensor(Image.new("F", (8, 8)), 8)
 
 
 def test_split_is_stratified_disjoint_and_seeded():

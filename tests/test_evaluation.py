@@ -8,7 +8,7 @@ from torch import nn
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
 from pet_pipeline.__main__ import main
 from pet_pipeline.classifier import PetClassifier
-from pet_pipeline.data import ImageDataset
+from pet_pipeline.data import ImageDataset, load_image_dataset, stratified_split
 from pet_pipeline.evaluation import (
     Reference,
     balanced_subset,
@@ -131,10 +131,11 @@ def test_class_accuracy_counts_hits():
 
 
 def test_the_bundled_classifier_knows_cats_and_dogs_only():
-    classifier = load_classifier(["cat", "dog"])
+    classifier = load_classifier(["cat", "dog"], 32)
     assert classifier.num_parameters() < 0.75e6 and not classifier.training
     assert classifier(torch.zeros(2, 3, 32, 32)).shape == (2, 2)
-    assert load_classifier(["dog", "cat"]) is None and load_classifier(["bird"]) is None
+    assert load_classifier(["dog", "cat"], 32) is None and load_classifier(["bird"], 32) is None
+    assert load_classifier(["cat", "dog"], 64) is None  # it has seen no such images
 
 
 def test_reference_splits(image_folder):
@@ -146,15 +147,27 @@ def test_reference_splits(image_folder):
         load_reference(str(image_folder), ["cat", "dog"], 8, "moon")
 
 
+def test_a_reference_is_split_as_its_training_was(image_folder):
+    dataset = load_image_dataset(str(image_folder), ["cat", "dog"], 8, max_samples=24)
+    train, validation = stratified_split(dataset, 0.25)
+    reference = load_reference(
+        str(image_folder), ["cat", "dog"], 8, validation_fraction=0.25, max_train_samples=24
+    )
+    assert torch.equal(reference.train.images, train.images) and len(train) == 18
+    assert torch.equal(reference.validation.images, validation.images)
+
+
 def test_evaluate_writes_its_files(pipeline, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(FEATURE_EXTRACTORS, "efficientnet", Pixels)
+    judge = PetClassifier(width=4).eval()
+    monkeypatch.setattr("pet_pipeline.evaluation.load_classifier", lambda names, resolution: judge)
     pipeline.save_pretrained(tmp_path / "model")
     words = ["evaluate", str(tmp_path / "model"), "--reference", str(image_folder), "--num_images", "16"]
     words += ["--steps", "2", "--floors", "--cache_dir", str(tmp_path / "cache")]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "evaluation.json",
-        "samples.png",
+        "generated.png",
         "neighbors.png",
     }
     record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -165,6 +178,30 @@ def test_evaluate_writes_its_files(pipeline, image_folder, tmp_path, monkeypatch
     assert main([*words, "--num_images", "99", "--out", str(tmp_path / "x")]) == 1
     error = capsys.readouterr().err
     assert "reference has 36" in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+def test_evaluate_with_a_scheduler_of_diffusers(pipeline, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(FEATURE_EXTRACTORS, "efficientnet", Pixels)
+    pipeline.save_pretrained(tmp_path / "model")
+    words = ["evaluate", str(tmp_path / "model"), "--reference", str(image_folder), "--num_images", "8"]
+    words += ["--steps", "2", "--cache_dir", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    losses = []
+    for scheduler in ([], ["--scheduler", "EDMEulerScheduler"]):
+        assert main([*words, *scheduler]) == 0
+        record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+        assert record["settings"].get("scheduler") == (scheduler[1] if scheduler else None)
+        assert "class_accuracy" not in record["measures"]  # the judge knows larger images only
+        losses.append(record["measures"]["validation_loss"])
+    assert losses[0] == losses[1]  # of the denoiser, whatever samples from it
+
+
+@pytest.mark.parametrize(
+    "words", [["--classification", "--steps", "9"], ["--curve"], ["--classification", "--scheduler", "heun"]]
+)
+def test_evaluate_refuses_options_without_a_use(words, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["evaluate", "--reference", "any", *words])
+    assert exit_info.value.code == 2 and "has no use with" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(monkeypatch):

@@ -126,6 +126,38 @@ def test_failures_are_one_line(saved, tmp_path, capsys):
         assert exit_info.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("id2label", "ids"), [({0: "3", 1: "8"}, [0, 1]), ({0: "1", 1: "0"}, [0, 1]), ({}, [0, 1])]
+)
+def test_classes_may_be_named_by_numbers(model, tmp_path, monkeypatch, id2label, ids):
+    PetDiffusionPipeline(model, AdaptiveEDMScheduler(), id2label=id2label).save_pretrained(tmp_path / "model")
+    drawn = []
+    draw = PetDiffusionPipeline.__call__
+
+    def watch(self, labels, *args, **kwargs):
+        drawn.append(labels)
+        return draw(self, labels, *args, **kwargs)
+
+    monkeypatch.setattr(PetDiffusionPipeline, "__call__", watch)
+    words = ["generate", "--num_samples", "1", "--steps", "1", "--model", str(tmp_path / "model")]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert drawn == [ids]
+
+
+def test_a_missing_package_is_named_with_its_extra(saved, monkeypatch, capsys):
+    for module in ("pet_pipeline.data", "pet_pipeline.evaluation", "pet_pipeline.classification"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert main(["calibrate", saved, "--reference", "any"]) == 1
+    assert 'pip install "pet-pipeline[train]"' in capsys.readouterr().err
+
+
+def test_a_port_is_checked_before_anything_is_loaded(capsys):
+    with pytest.raises(SystemExit):
+        main(["app", "--port", "70000"])
+    assert "has to be at most 65535" in capsys.readouterr().err
+
+
 def test_help_does_not_load_pytorch():
     code = "import sys, pet_pipeline.__main__ as m\n"
     code += "try: m.main(['generate', '--help'])\nexcept SystemExit: pass\n"

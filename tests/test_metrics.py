@@ -89,6 +89,12 @@ def test_kernel_distance_is_unbiased_and_repeatable():
     torch.testing.assert_close(torch.random.get_rng_state(), state)
 
 
+def test_the_deviation_of_the_kernel_distance_needs_different_subsets():
+    first, second = torch.randn(2, 60, 4).unbind()
+    assert kernel_distance(first, second, subset_size=60)[1] is None
+    assert kernel_distance(first, second, subset_size=30)[1] > 0
+
+
 def test_precision_sees_outliers_and_recall_missing_modes():
     both = torch.cat([gaussian(100, 0.0, 0.1, seed=0), gaussian(100, 5.0, 0.1, seed=1)])
     one = gaussian(200, 0.0, 0.1, seed=2)

@@ -179,6 +179,7 @@ def test_evidence_shows_where_and_at_which_noise():
     assert evidence.labels == ("bright", "dark") and output.labels == ["bright"]
     assert evidence.difference.shape == (8, 8) and evidence.errors.shape == (2, 32)
     assert evidence.sigmas.diff().min() >= 0
+    assert output["evidence"] is output.evidence and output.to_tuple()[3] is output.evidence
     left, right = evidence.difference[:, :4].mean(), evidence.difference[:, 4:].mean()
     assert right > 0 and abs(left) < 0.1 * right
     assert (evidence.errors[0] > evidence.errors[1]).float().mean() > 0.9

@@ -243,6 +243,31 @@ def test_bad_input_is_one_error_and_writes_nothing(image_folder, tmp_path, optio
     assert not (tmp_path / "out").exists()
 
 
+def test_options_of_the_command_count_after_resuming(finished_run, image_folder, tmp_path):
+    # Into another folder, which has no `best` yet; the loss need not fall below that of the first run.
+    options = {
+        "resume_from_checkpoint": finished_run / "checkpoint-3",
+        "learning_rate": 0,
+        "max_train_steps": 4,
+    }
+    options |= {"muon_learning_rate": 0, "ema_max_decay": 0.0, "adam_beta1": 0.5, "validation_steps": 100}
+    train(image_folder, tmp_path / "out", **options)
+    assert (tmp_path / "out" / "best" / "model_index.json").exists()
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    state = torch.load(checkpoint / "optimizer.bin", weights_only=True)
+    assert state["adamw"]["param_groups"][0]["betas"][0] == 0.5
+    # Averaged over nothing, the weights are those of the last step.
+    averaged = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    last = load_file(checkpoint / "model.safetensors")
+    for name in averaged:
+        torch.testing.assert_close(averaged[name], last[name])
+
+
+def test_automatic_precision_is_what_accelerate_was_told(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert train_pet.automatic_precision() == "fp16"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -251,6 +276,12 @@ def test_bad_input_is_one_error_and_writes_nothing(image_folder, tmp_path, optio
         (["--label_dropout", "2", "--max_train_steps", "1"], "--label_dropout"),
         (["--model_config", "{num_layers: 1}"], "--model_config: is not JSON"),
         (["--model_config", "[1]"], "has to be a JSON object"),
+        (["--model_config", '{"foo": 1}', "--max_train_steps", "1"], "has 'foo', but the model has no such"),
+        (["--model_config", '{"sample_size": 64}', "--max_train_steps", "1"], "use --resolution"),
+        (
+            ["--pretrained_model_name_or_path", "x", "--preset", "base", "--max_train_steps", "1"],
+            "--preset describes a new model",
+        ),
         ([], "one of --max_train_steps, --num_train_epochs and --max_train_minutes"),
     ],
 )
