@@ -406,7 +406,9 @@ def run_generate(args: argparse.Namespace) -> None:
         "negative_class_labels": negative_ids or None,
     }
     digest = weights_digest(pipeline.transformer)
-    if args.like is not None and image_settings(args.like).get("weights") != digest:
+    like = {} if args.like is None else image_settings(args.like)
+    # In another precision the same weights have other digits.
+    if args.like is not None and like.get("dtype") == args.dtype and like.get("weights") != digest:
         print(
             f"pet-pipeline: {args.like} was made by a model with other weights; --model names it",
             file=sys.stderr,
@@ -442,11 +444,11 @@ def run_generate(args: argparse.Namespace) -> None:
     image_grid(rows, names, scale=4).save(out / "grid.png")
     pictures = ["grid.png"]
     if args.strip:
-        denoising_strip(pipeline, args.seed, **settings).save(out / "strip.png")
+        denoising_strip(pipeline, args.seed, label_ids, **settings).save(out / "strip.png")
         pictures.append("strip.png")
     if args.compare_steps:
         del settings["num_inference_steps"]
-        step_comparison(pipeline, seed=args.seed, **settings).save(out / "steps.png")
+        step_comparison(pipeline, seed=args.seed, class_labels=label_ids, **settings).save(out / "steps.png")
         pictures.append("steps.png")
     print(f"{len(order)} images, {' and '.join(pictures)} are in {out}.")
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from gradio import processing_utils
 from PIL import Image
 
 from .image_metadata import save_image, weights_digest
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 # What one request may ask for, and how many may wait.
 MAX_IMAGES = 16
 MAX_STEPS = 100
+MAX_GUIDANCE = 8
 MAX_EVALUATIONS = 256
 MAX_SEED = 2**32 - 1
 MAX_QUEUE = 16
@@ -127,8 +129,8 @@ class Settings:
         Raises:
             ValueError: if they are out of range.
         """
-        if not 1 <= steps <= MAX_STEPS:
-            raise ValueError(f"The number of steps has to be from 1 to {MAX_STEPS}, but is {steps:g}.")
+        check_number("The number of steps", steps, 1, MAX_STEPS)
+        check_number("The guidance scale", guidance_scale, 0, MAX_GUIDANCE)
         return cls(
             int(steps),
             guidance_scale,
@@ -228,10 +230,10 @@ def num_evaluations(weights: list[float]) -> int:
     return sum(1 if weight == 1 else 2 for weight in weights)
 
 
-def check_seed(seed: int | None) -> None:
-    """Raises `ValueError` if a seed is missing or out of range."""
-    if seed is None or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"The seed has to be from 0 to {MAX_SEED}, but is {seed}.")
+def check_number(name: str, value: float | None, low: float, high: float) -> None:
+    """Raises `ValueError` if a number is missing or out of range."""
+    if not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} has to be from {low} to {high}, but is {value}.")
 
 
 def sample(
@@ -257,12 +259,14 @@ def sample(
     """
     if not names:
         raise ValueError("Choose at least one class.")
-    if not 1 <= number * len(names) <= MAX_IMAGES:
+    check_number("The number of images of each class", number, 1, MAX_IMAGES)
+    number = int(number)
+    if number * len(names) > MAX_IMAGES:
         raise ValueError(
-            f"{number} images of {len(names)} classes are {number * len(names)}; this page makes from 1 to "
+            f"{number} images of {len(names)} classes are {number * len(names)}; this page makes up to "
             f"{MAX_IMAGES} at once."
         )
-    check_seed(seed)
+    check_number("The seed", seed, 0, MAX_SEED)
     began = time.perf_counter()
     # Requests share the weights, but a scheduler keeps the state of a sampling.
     scheduler = scheduler_by_name(settings.scheduler, pipeline.scheduler)
@@ -354,10 +358,9 @@ def classify(
     Raises:
         ValueError: if an argument is out of range.
     """
-    if not 2 <= num_evaluations <= MAX_EVALUATIONS:
-        raise ValueError(f"Evaluations for each class have to be from 2 to {MAX_EVALUATIONS}.")
-    check_seed(seed)
-    evaluations = 0
+    check_number("The number of evaluations for each class", num_evaluations, 2, MAX_EVALUATIONS)
+    check_number("The seed", seed, 0, MAX_SEED)
+    num_evaluations, evaluations = int(num_evaluations), 0
 
     def pixel_errors(*args: torch.Tensor) -> torch.Tensor:
         nonlocal evaluations
@@ -541,11 +544,25 @@ def shown_errors() -> Iterator[None]:
         raise gr.Error(html.escape(str(error)), print_exception=False) from None
 
 
+def slider(*args: Any, **kwargs: Any) -> gr.Slider:
+    """Creates a slider whose value comes as it is: Gradio's own check fails on an emptied field."""
+    component = gr.Slider(*args, **kwargs)
+    component.preprocess = lambda value: value
+    return component
+
+
 def settings_inputs(names: list[str], settings: Settings) -> list[gr.components.Component]:
     """Creates the inputs of [`Settings.from_inputs`]."""
     return [
-        gr.Slider(1, MAX_STEPS, settings.steps, step=1, label="Steps"),
-        gr.Slider(0, 8, settings.guidance_scale, step=0.1, label="Guidance scale", info="1 is no guidance"),
+        slider(1, MAX_STEPS, settings.steps, step=1, label="Steps"),
+        slider(
+            0,
+            MAX_GUIDANCE,
+            settings.guidance_scale,
+            step=0.1,
+            label="Guidance scale",
+            info="1 is no guidance",
+        ),
         gr.Dropdown(list(GUIDANCE_SCHEDULES), value=settings.guidance_schedule, label="Guidance schedule"),
         gr.Dropdown([NO_CLASS, *names], value=NO_CLASS, label="Negative class", info="to steer away from"),
         gr.Dropdown([AS_SAVED, *SCHEDULERS], value=AS_SAVED, label="Scheduler"),
@@ -556,8 +573,8 @@ def request_inputs(names: list[str]) -> list[gr.components.Component]:
     """Creates the inputs for classes, number of images, seed, and whether the seed is drawn."""
     return [
         gr.CheckboxGroup(names, value=names[:2], label="Classes"),
-        gr.Slider(1, MAX_IMAGES // 2, 4, step=1, label="Images of each class"),
-        gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED),
+        slider(1, MAX_IMAGES // 2, 4, step=1, label="Images of each class"),
+        gr.Number(0, label="Seed", precision=0),  # its range is checked with the request
         gr.Checkbox(True, label="Draw a new seed each time"),
     ]
 
@@ -574,7 +591,20 @@ def build_app(
         reference ([`Reference`], *optional*): its training images, in which the closest to a sample are
             looked for, and unseen ones, to classify.
         closed (`threading.Event`, *optional*): ends the work on all requests, once it is set.
+
+    Raises:
+        ValueError: if the pipeline's scheduler is not one of EDM, or it has a guider.
     """
+    if not hasattr(pipeline.scheduler, "precondition_outputs"):
+        raise ValueError(
+            "The scheduler has to be one of EDM, as `AdaptiveEDMScheduler` is, but is of the class "
+            f"{type(pipeline.scheduler).__name__}."
+        )
+    if pipeline.guider is not None:
+        raise ValueError(
+            f"The model has a guider, {type(pipeline.guider).__name__}, which the settings of the page would "
+            "replace; save it without."
+        )
     names = class_names(pipeline)
     model = model_settings(pipeline)
     # Not `from_pipe`, whose cast to the precision that it has already is warned of.
@@ -602,7 +632,7 @@ def build_app(
         seed = random.randrange(2**31) if draw_seed else seed
         with shown_errors():
             settings = Settings.from_inputs(*values)
-            for samples in stream(partial(sample, pipeline, chosen, int(number), seed, settings), closed):
+            for samples in stream(partial(sample, pipeline, chosen, number, seed, settings), closed):
                 if samples.strip is None:
                     heading = f"<p>Step {samples.step} of {samples.num_steps}</p>"
                     # Said once, as later it would stand in place of "Cancelled"; what belongs to the images
@@ -631,7 +661,7 @@ def build_app(
             return f'<div class="pet-columns">{"".join(finished)}{section}</div>'
 
         for title, settings in compared.items():
-            for samples in stream(partial(sample, pipeline, chosen, int(number), seed, settings), closed):
+            for samples in stream(partial(sample, pipeline, chosen, number, seed, settings), closed):
                 final = samples.strip is not None
                 about = f"{samples.evaluations} evaluations" if final else f"step {samples.step}"
                 section = (
@@ -677,7 +707,7 @@ def build_app(
             if image is None:
                 raise ValueError("Drop an image first, or choose one of the examples.")
             began = time.perf_counter()
-            for found in stream(partial(classify, classifier, image, int(num_evaluations), seed), closed):
+            for found in stream(partial(classify, classifier, image, num_evaluations, seed), closed):
                 if isinstance(found, int):
                     total = int(num_evaluations) * len(names)
                     status = "Comparing the classes …" if found == 0 else gr.skip()
@@ -753,8 +783,8 @@ def build_app(
                 # Only its path goes to the function, which has to remove it; Gradio's own way leaves a file.
                 upload.preprocess = lambda file: Path(file.path)
                 choices = gr.HTML(examples_html(examples), js_on_load=CHOOSING)
-                effort = gr.Slider(2, MAX_EVALUATIONS, 32, step=2, label="Evaluations for each class")
-                seed = gr.Number(0, label="Seed of the noise", precision=0, minimum=0, maximum=MAX_SEED)
+                effort = slider(2, MAX_EVALUATIONS, 32, step=2, label="Evaluations for each class")
+                seed = gr.Number(0, label="Seed of the noise", precision=0)
                 with gr.Row():
                     again, cancel = gr.Button("Classify again"), gr.Button("Cancel")
             with gr.Column(scale=3, min_width=300):
@@ -779,6 +809,19 @@ def build_app(
     return page.queue(max_size=MAX_QUEUE, api_open=False)
 
 
+async def refuse_download(url: str, **kwargs: Any) -> str:
+    """Stands in for Gradio's function that fetches `url` for a request."""
+    raise gr.Error("This page fetches nothing from elsewhere.", print_exception=False)
+
+
+def restore_variable(name: str, value: str | None) -> None:
+    """Gives a variable of the environment its value of before."""
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
 @contextmanager
 def serve(
     pipeline: PetDiffusionPipeline,
@@ -797,10 +840,16 @@ def serve(
 
     Raises:
         OSError: if the port is taken.
+        ValueError: see [`build_app`].
     """
-    with TemporaryDirectory(prefix="pet-pipeline-") as folder:
+    with TemporaryDirectory(prefix="pet-pipeline-") as folder, ExitStack() as restored:
         before = os.environ.get("GRADIO_TEMP_DIR")
+        restored.callback(restore_variable, "GRADIO_TEMP_DIR", before)
         os.environ["GRADIO_TEMP_DIR"] = folder
+        # Gradio would fetch any address that a visitor sends in place of a file.
+        download = processing_utils.async_ssrf_protected_download
+        restored.callback(setattr, processing_utils, "async_ssrf_protected_download", download)
+        processing_utils.async_ssrf_protected_download = refuse_download
         closed = threading.Event()
         page = build_app(pipeline, reference, closed)
         try:
@@ -825,10 +874,6 @@ def serve(
         finally:
             closed.set()
             page.close(verbose=False)
-            if before is None:
-                del os.environ["GRADIO_TEMP_DIR"]
-            else:
-                os.environ["GRADIO_TEMP_DIR"] = before
 
 
 def launch(*args: Any, **kwargs: Any) -> None:

@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from .pipeline_pet_diffusion import PetDiffusionPipeline
 
 INDEX = "model_index.json"
-EVALUATION_FILES = ("evaluation.json", "neighbors.png")  # of `pet-pipeline evaluate`
+EVALUATION_FILES = ("evaluation.json", "generated.png", "neighbors.png")  # of `pet-pipeline evaluate`
 # Published where they are there, beside the index and the pipeline's code.
 PIPELINE_FILES = ("pipeline_pet_diffusion.py", "pipeline_pet_classification.py")
-OPTIONAL_FILES = ("README.md", "samples.png", *EVALUATION_FILES)
+# Of an evaluation the numbers alone: its pictures may show images of a data set that nobody else has.
+OPTIONAL_FILES = ("README.md", "samples.png", "evaluation.json")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # Libraries whose classes need no source file beside the weights.
 KNOWN_LIBRARIES = ("diffusers", "transformers")

@@ -98,7 +98,10 @@ def eight_bit_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
     Raises:
         ValueError: if the pixels are floating-point numbers, whose range is unknown.
     """
-    image = ImageOps.exif_transpose(image)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # of damaged EXIF Pillow raises nearly anything; the pixels are as they are
+        image = image.copy()
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of an unknown range.")
     if image.mode[0] == "I":
@@ -391,19 +394,20 @@ class PetClassificationPipeline(DiffusionPipeline):
     def prepare_image(self, image: Any, name: str) -> torch.Tensor:
         """Returns one image as `(channels, height, width)` in [-1, 1]; see [`prepare_images`]."""
         size, channels = self.transformer.config.sample_size, self.transformer.config.in_channels
+        mode = "L" if channels == 1 else "RGB"
         if isinstance(image, (str, Path)):
             name = repr(str(image))
             try:
                 with Image.open(image, formats=IMAGE_FORMATS) as file:
                     file.load()
-                    image = ImageOps.exif_transpose(file)
+                    image = eight_bit_image(file, mode)
             except MemoryError:
                 raise
             except Exception as error:  # of damaged files Pillow raises nearly anything
                 raise ValueError(f"{name} cannot be read as an image: {error}") from None
         if isinstance(image, Image.Image):
             try:
-                image = eight_bit_image(image, "L" if channels == 1 else "RGB")
+                image = eight_bit_image(image, mode)
             except ValueError as error:
                 raise ValueError(f"{name} cannot be used: {error}") from None
             image = ImageOps.fit(image, (size, size), Image.BICUBIC)

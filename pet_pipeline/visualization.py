@@ -147,22 +147,28 @@ class DenoisingRecorder:
         return image_grid(pictures, labels, [f"{sigma:.2g}" for sigma in self.sigmas], scale)
 
 
-def denoising_strip(pipeline: PetDiffusionPipeline, seed: int = 0, **kwargs: Any) -> Image.Image:
-    """One sample of every class at each step: the noisy image over what the model makes of it.
+def denoising_strip(
+    pipeline: PetDiffusionPipeline, seed: int = 0, class_labels: list[int] | None = None, **kwargs: Any
+) -> Image.Image:
+    """One sample of each class at each step: the noisy image over what the model makes of it.
 
     Noisy images are shown at the contrast of the data. Above each column stands its noise level σ.
 
     Args:
         pipeline ([`PetDiffusionPipeline`]): what to sample from.
         seed (`int`, defaults to 0): of the noise, which all classes start from.
+        class_labels (`list[int]`, *optional*): ids of the classes; all of them if not given.
         kwargs: passed to the pipeline.
     """
     names = class_names(pipeline)
+    class_labels = list(range(len(names))) if class_labels is None else class_labels
+    names = [names[label] for label in class_labels]
     config = pipeline.transformer.config
     shape = (1, config.in_channels, config.sample_size, config.sample_size)
     noise = torch.randn(shape, generator=image_generators(1, seed)[0]).repeat(len(names), 1, 1, 1)
     recorder = DenoisingRecorder(noise)
     pipeline(
+        class_labels,
         latents=noise,
         callback_on_step_end=recorder,
         callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
@@ -176,23 +182,28 @@ def step_comparison(
     steps: tuple[int, ...] = (5, 10, 20, 40),
     num_images: int = 4,
     seed: int = 0,
+    class_labels: list[int] | None = None,
     **kwargs: Any,
 ) -> Image.Image:
-    """The same noise denoised with different numbers of steps, a row each; `num_images` of every class.
+    """The same noise denoised with different numbers of steps, a row each; `num_images` of each class.
 
     Args:
         pipeline ([`PetDiffusionPipeline`]): what to sample from.
         steps (`tuple[int, ...]`, defaults to `(5, 10, 20, 40)`): numbers of steps.
         num_images (`int`, defaults to 4): images per class.
         seed (`int`, defaults to 0): of the noise.
+        class_labels (`list[int]`, *optional*): ids of the classes; all of them if not given.
         kwargs: passed to the pipeline.
     """
     names = class_names(pipeline)
+    class_labels = list(range(len(names))) if class_labels is None else class_labels
+    names = [names[label] for label in class_labels]
     rows = []
     for num_steps in steps:
         generators = [generator for _ in names for generator in image_generators(num_images, seed)]
         rows.append(
             pipeline(
+                class_labels,
                 num_inference_steps=num_steps,
                 num_images_per_prompt=num_images,
                 generator=generators,

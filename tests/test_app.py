@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import os
 import re
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import pytest
 import torch
 from browser import chromium
 from conftest import random_model
+from diffusers import ClassifierFreeGuidance, DDPMScheduler
 from PIL import Image
 
 from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
@@ -111,7 +113,8 @@ def test_requests_share_the_weights_and_nothing_else(pipeline):
     ("request_", "message"),
     [
         (([], 1, 0), "Choose at least one class"),
-        ((["cat", "dog"], 9, 0), "9 images of 2 classes are 18; this page makes from 1 to 16"),
+        ((["cat", "dog"], 9, 0), "9 images of 2 classes are 18; this page makes up to 16"),
+        ((["cat"], None, 0), "from 1 to 16, but is None"),
         ((["cat"], 0, 0), "from 1 to 16"),
         ((["cat"], 1, -1), "seed has to be from 0"),
         ((["cat"], 1, None), "seed has to be from 0"),
@@ -124,7 +127,9 @@ def test_what_is_out_of_bounds_is_refused(pipeline, request_, message):
 
 
 def test_too_many_steps_are_refused():
-    for steps in (0, 101):
+    with pytest.raises(ValueError, match="guidance scale has to be from 0 to 8, but is 9"):
+        app.Settings.from_inputs(18, 9, "adaptive", app.NO_CLASS, app.AS_SAVED)
+    for steps in (0, 101, None):
         with pytest.raises(ValueError, match="steps has to be from 1 to 100"):
             app.Settings.from_inputs(steps, 2.5, "adaptive", app.NO_CLASS, app.AS_SAVED)
     settings = app.Settings.from_inputs(7, 2.5, "adaptive", app.NO_CLASS, app.AS_SAVED)
@@ -293,6 +298,21 @@ def test_a_copy_of_a_training_image_is_told(pipeline):
     assert decoded(re.findall(r'src="([^"]*)" alt="training image 1 closest to cat, seed 1"', text)[0])
 
 
+@pytest.mark.parametrize(
+    ("component", "message"),
+    [
+        ({"scheduler": DDPMScheduler()}, "has to be one of EDM"),
+        ({"guider": ClassifierFreeGuidance()}, "has a guider, ClassifierFreeGuidance"),
+    ],
+)
+def test_a_model_that_the_page_cannot_steer_is_refused(pipeline, component, message):
+    variable = os.environ.get("GRADIO_TEMP_DIR")
+    other = PetDiffusionPipeline(**{**pipeline.components, **component})
+    with pytest.raises(ValueError, match=message), app.serve(other):
+        pass
+    assert os.environ.get("GRADIO_TEMP_DIR") == variable
+
+
 def test_the_command_tells_what_is_wrong(pipeline, tmp_path, capsys, monkeypatch):
     pipeline.save_pretrained(tmp_path / "model")
     with app.serve(pipeline) as url:
@@ -337,6 +357,74 @@ def test_only_uploads_are_read_and_removed(pipeline, tmp_path, capfd):
         assert httpx.get(f"{url}gradio_api/file={path}").status_code == 403
     assert '"success":false' in answer and "base64" not in answer
     assert path.exists()
+
+
+def test_no_address_is_fetched(pipeline, capfd):
+    download = gradio.processing_utils.async_ssrf_protected_download
+    file = {"path": "https://example.com/large.png", "meta": {"_type": "gradio.FileData"}}
+    with app.serve(pipeline) as url:
+        join_queue(url, "take_upload", [file], "session")
+        answer = httpx.get(url + "gradio_api/queue/data?session_hash=session", timeout=20).text
+    assert "fetches nothing from elsewhere" in answer
+    assert "Traceback" not in capfd.readouterr().err
+    assert gradio.processing_utils.async_ssrf_protected_download is download
+
+
+def test_a_cancel_in_the_first_step_ends_the_work(pipeline):
+    values = [["cat"], 1, 0, False, 100, 1.0, "constant", app.NO_CLASS, app.AS_SAVED]
+    evaluations = []
+    with app.serve(pipeline) as url:
+        pipeline.transformer.register_forward_hook(lambda *args: (evaluations.append(None), time.sleep(1)))
+        answer = join_queue(url, "generate", values, "session")
+        body = {"session_hash": "session", "event_id": answer.json()["event_id"]}
+        address = url + "gradio_api/queue/data?session_hash=session"
+        listener = threading.Thread(target=lambda: httpx.get(address, timeout=60))  # as the page has one
+        listener.start()
+        while not evaluations:
+            time.sleep(0.01)
+        (index,) = (
+            item["id"]
+            for item in httpx.get(url + "config").json()["dependencies"]
+            if item["api_name"] == "generate"
+        )
+        httpx.post(url + "gradio_api/cancel", json={**body, "fn_index": index})
+        time.sleep(2.5)
+        assert len(evaluations) == 1
+    listener.join(20)
+    assert not listener.is_alive()
+
+
+def test_the_model_serves_one_request_at_a_time(pipeline):
+    running, most = 0, 0
+
+    def enter(*args) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.05)
+
+    def leave(*args) -> None:
+        nonlocal running
+        running -= 1
+
+    settings = [4, 1.0, "constant", app.NO_CLASS, app.AS_SAVED]
+    with app.serve(pipeline) as url:
+        pipeline.transformer.register_forward_pre_hook(enter)
+        pipeline.transformer.register_forward_hook(leave)
+        join_queue(url, "generate", [["cat"], 1, 0, False, *settings], "first")
+        join_queue(url, "compare_two", [["cat"], 1, 0, False, *settings, *settings], "second")
+        for session in ("first", "second"):
+            httpx.get(f"{url}gradio_api/queue/data?session_hash={session}", timeout=60)
+    assert most == 1 and running == 0
+
+
+@pytest.mark.parametrize("steps", [None, 1000])
+def test_an_emptied_field_leaves_nothing_in_the_log(pipeline, capfd, steps):
+    values = [steps, 2.5, "adaptive", app.NO_CLASS, app.AS_SAVED]
+    with app.serve(pipeline) as url:
+        answer = httpx.post(url + "gradio_api/run/draw_guidance", json={"data": values})
+    assert answer.status_code == 500 or "error" in answer.text
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # In a browser

@@ -238,6 +238,7 @@ def test_hub_flags_that_make_no_sense_are_refused(words, message, capsys):
 def test_a_second_push_updates_the_repository(hub, saved, pipeline):
     (saved / "samples.png").write_bytes(b"picture")
     (saved / "evaluation.json").write_text(json.dumps({"measures": {}, "settings": {"reference": "/x/y"}}))
+    (saved / "neighbors.png").write_bytes(b"somebody's photographs")
     push_folder(saved, "pets")
     repository = hub.repositories["user/pets"]
     assert not repository.private

@@ -22,6 +22,9 @@ def test_every_parameter_has_one_optimizer():
     assert len(stepped) == len({id(p) for p in stepped})
     assert {id(p) for p in stepped} == {id(p) for module in (model, loss) for p in module.parameters()}
     assert all(p.ndim == 2 for p in optimizer.muon.param_groups[0]["params"])
+    optimizer = create_optimizer(model, loss, muon_learning_rate=0.5, learning_rate=0.25)
+    assert [group["lr"] for group in optimizer.muon.param_groups] == [0.5]
+    assert [group["lr"] for group in optimizer.adamw.param_groups] == [0.25]
     with pytest.raises(ValueError, match="muon, adamw"):
         create_optimizer(model, loss, "sgd")
 

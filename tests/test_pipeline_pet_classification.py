@@ -194,6 +194,8 @@ def test_images_of_every_kind(tmp_path, pipeline):
     exif[0x0112] = 6  # turned by 90°
     rotated.save(tmp_path / "rotated.jpg", quality=95, exif=exif)
     picture.save(tmp_path / "upright.jpg", quality=95)
+    picture.save(tmp_path / "damaged.png", exif=b"Exif\0\0no header of TIFF")
+    damaged = Image.open(tmp_path / "damaged.png")
     transparent = picture.convert("RGBA")
     transparent.putalpha(0)
     images = [
@@ -204,15 +206,18 @@ def test_images_of_every_kind(tmp_path, pipeline):
         tmp_path / "rotated.jpg",
         str(tmp_path / "upright.jpg"),
         Image.new("RGB", (4000, 3000)),
+        damaged,
+        tmp_path / "damaged.png",
         torch.zeros(3, 8, 8, dtype=torch.uint8),
         torch.rand(3, 50, 20),
     ]
     prepared = pipe.prepare_images(images)
-    assert prepared.shape == (9, 3, 8, 8) and prepared.min() >= -1 and prepared.max() <= 1
+    assert prepared.shape == (11, 3, 8, 8) and prepared.min() >= -1 and prepared.max() <= 1
     assert prepared[3].min() == 1  # transparent is white
     assert (prepared[4] - prepared[5]).abs().max() < 0.1
+    assert torch.equal(prepared[7], prepared[0]) and torch.equal(prepared[8], prepared[0])
     output = pipe(images, num_evaluations=2)
-    assert len(output.labels) == 9 and set(output.labels) <= {"cat", "dog"}
+    assert len(output.labels) == 11 and set(output.labels) <= {"cat", "dog"}
     assert pipe(images[0], num_evaluations=2, return_dict=False)[0] == output.labels[:1]
 
 

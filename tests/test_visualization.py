@@ -39,6 +39,15 @@ def test_pictures_of_a_pipeline(pipeline):
     assert grid.height < strip.height and comparison.width > 4 * 16
 
 
+def test_rows_of_a_comparison_have_their_steps(pipeline):
+    comparison = np.asarray(step_comparison(pipeline, steps=(1, 6), num_images=1, class_labels=[1]))
+    for steps, top in ((1, -2), (6, -1)):
+        grid = np.asarray(sample_grid(pipeline, num_images=1, num_inference_steps=steps))  # cat over dog
+        image = grid[-20:-4, -20:-4].astype(int)
+        part = comparison[len(comparison) + 20 * top :][:16, -20:-4].astype(int)
+        assert np.abs(image - part).max() <= 1, steps
+
+
 def test_columns_of_a_strip_belong_together(pipeline):
     # The last prediction is the sample, so a sample of the same noise shows in the last column.
     strip = np.asarray(denoising_strip(pipeline, seed=3, num_inference_steps=4))
