@@ -208,8 +208,8 @@ def floors(
 
     Returns:
         `dict[str, dict[str, float]]`: the measures of other training images (perfect, but each a copy), of
-        unseen images (perfect), and of images of one colour, the mean of a real one (the composition is
-        lost).
+        unseen images (perfect; not where the reference is these), and of images of one colour, the mean of a
+        real one (the composition is lost).
     """
     half = balanced_subset(
         reference.train, num_images, start=len(reference.train) // (2 * len(reference.train.class_names))
@@ -221,6 +221,8 @@ def floors(
         "unseen images": (unseen.images, unseen.labels),
         "mean colours of images": (colours, half.labels),
     }
+    if reference.images is reference.validation:
+        del sets["unseen images"]  # which would be compared with themselves
     return {
         name: measure_images(images, labels, reference, extractor, classifier, cache=True)
         for name, (images, labels) in sets.items()
@@ -283,12 +285,13 @@ def evaluate(
         the images.
 
     Raises:
-        ValueError: if the reference has fewer images than `num_images`.
+        ValueError: if the reference has fewer images than `num_images`, as many of each class.
     """
-    if num_images > len(reference.images):
+    num_real_images = len(balanced_subset(reference.images, num_images))
+    if num_images > num_real_images:
         raise ValueError(
-            f"{num_images} generated images need as many real ones, but the reference has "
-            f"{len(reference.images)}."
+            f"{num_images} generated images need as many real ones, as many of each class, but the reference "
+            f"has {num_real_images}."
         )
     classifier = load_classifier(class_names(pipeline), pipeline.transformer.config.sample_size)
     generated = generate_images(pipeline, num_images, batch_size, seed, **kwargs)

@@ -14,6 +14,7 @@ from pet_pipeline.classification import (
     accuracy_curve,
     calibration_error,
     class_errors,
+    draw_order,
     evaluate_classification,
     fit_calibration,
     measure_classification,
@@ -74,6 +75,10 @@ def test_measures():
     sure = torch.full((100,), 0.9)
     assert calibration_error(sure, torch.arange(100) % 10 > 0) == pytest.approx(0, abs=0.02)
     assert calibration_error(sure, torch.zeros(100, dtype=torch.bool)) == pytest.approx(0.9)
+    # Half of them not sure enough, half too sure: that does not cancel.
+    confidences = torch.tensor([0.6] * 50 + [0.9] * 50)
+    hits = torch.cat([torch.ones(50), torch.arange(50) % 2]).bool()
+    assert calibration_error(confidences, hits) == pytest.approx(0.4)
 
 
 def test_the_classifier_is_measured_and_sharing_noise_helps():
@@ -81,6 +86,10 @@ def test_the_classifier_is_measured_and_sharing_noise_helps():
     pipe = gaussian_classifier()
     errors = class_errors(pipe, dataset, 8)
     assert errors.errors.shape == (60, 2, 4) and errors.sigmas.diff().min() > 0
+    tail = class_errors(pipe, dataset.subset(torch.arange(50, 60)), 8)  # a batch of its own before, too
+    torch.testing.assert_close(tail.errors, errors.errors[50:])
+    drawn = pipe.draw_sigmas(16, "calibrated", torch.Generator().manual_seed(3))
+    torch.testing.assert_close(drawn.sort().values[draw_order(pipe, 16, 3)], drawn)
     measures, probabilities = evaluate_classification(pipe, dataset, 8)
     assert probabilities.shape == (60, 2) and measures["evaluations_per_image"] == 16
     assert measures["accuracy"] > 0.6

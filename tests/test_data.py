@@ -101,6 +101,8 @@ def test_split_is_stratified_disjoint_and_seeded():
     assert torch.bincount(validation.labels).tolist() == [5, 3]
     ids = [set(part.images[:, 0, 0, 0].tolist()) for part in (train, validation)]
     assert ids[0] | ids[1] == set(range(80)) and not ids[0] & ids[1]
+    half = stratified_split(dataset, 0.5)[1].labels  # shuffled, so that the first of it are of both classes
+    assert 4 <= half[:16].sum() <= 12
     again = stratified_split(dataset, 0.1, seed=1)[1]
     other = stratified_split(dataset, 0.1, seed=2)[1]
     assert torch.equal(again.images, validation.images) and not torch.equal(other.images, validation.images)

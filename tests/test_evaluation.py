@@ -108,6 +108,22 @@ def test_a_perfect_denoiser_is_measured_better_than_a_wrong_one():
         evaluate(gaussian_pipeline(), reference, extractor, num_images=201)
 
 
+def test_held_out_images_are_not_compared_with_themselves():
+    reference = gaussian_reference(60)
+    held_out = Reference(reference.train, reference.validation, reference.validation)
+    settings = {"num_images": 20, "num_inference_steps": 2, "validation_images": 0, "with_floors": True}
+    record, _ = evaluate(gaussian_pipeline(), held_out, Pixels(), **settings)
+    assert set(record["floors"]) == {"other training images", "mean colours of images"}
+
+
+def test_classes_of_unequal_size_limit_the_number():
+    reference = gaussian_reference(60)
+    dark, bright = ((reference.images.labels == label).nonzero().flatten() for label in (0, 1))
+    few = reference.images.subset(torch.cat([dark, bright[:2]]))
+    with pytest.raises(ValueError, match="as many of each class"):
+        evaluate(gaussian_pipeline(), Reference(reference.train, reference.validation, few), Pixels(), 10)
+
+
 def test_copies_are_found():
     reference = gaussian_reference(60)
     model = EmpiricalDenoiser(num_images=20)

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import random_model
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -143,6 +144,24 @@ def test_failures_are_one_line(saved, tmp_path, capsys):
         with pytest.raises(SystemExit) as exit_info:
             main(words)
         assert exit_info.value.code == 2
+
+
+def test_the_words_reach_the_pipeline(saved, tmp_path, monkeypatch):
+    seen = []
+    draw = PetDiffusionPipeline.__call__
+
+    def watch(self, *args, **kwargs):
+        seen.append((self.scheduler.config.solver, self.transformer.dtype, kwargs))
+        return draw(self, *args, **kwargs)
+
+    monkeypatch.setattr(PetDiffusionPipeline, "__call__", watch)
+    words = ["generate", "--model", saved, "--num_samples", "1", "--steps", "3", "--scheduler", "heun"]
+    words += ["--guidance_scale", "1.25", "--guidance_schedule", "interval", "--negative_class", "dog"]
+    assert main([*words, "--dtype", "bfloat16", "--class", "cat", "--out", str(tmp_path / "out")]) == 0
+    ((solver, dtype, settings),) = seen
+    assert solver == "heun" and dtype == torch.bfloat16
+    assert settings["guidance_scale"] == 1.25 and settings["guidance_schedule"] == "interval"
+    assert settings["num_inference_steps"] == 3 and settings["negative_class_labels"] == [1]
 
 
 @pytest.mark.parametrize(

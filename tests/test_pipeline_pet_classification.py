@@ -171,6 +171,27 @@ def test_calibration_weights_are_used_and_checked():
             gaussian_pipeline(calibration=calibration)
 
 
+def test_each_band_has_its_weight():
+    low, high = BAND_RANGE
+    centres = low * (high / low) ** ((torch.arange(NUM_BANDS) + 0.5) / NUM_BANDS)
+    weights = [float(index) for index in range(NUM_BANDS)]
+    assert gaussian_pipeline().band_weights(centres, {"weights": weights}, 1).tolist() == weights
+
+
+def test_velocity_models_are_classified_alike():
+    pipe, other = gaussian_pipeline(), gaussian_pipeline()
+    other.scheduler = AdaptiveEDMScheduler(prediction_type="v_prediction")
+    forward = other.transformer.forward
+    other.transformer.forward = lambda *args, **kwargs: (-forward(*args, **kwargs)[0],)
+    images = gaussian_images(3)
+    first, second = (
+        each(images, num_evaluations=8, generator=torch.Generator().manual_seed(0)) for each in (pipe, other)
+    )
+    assert first.num_evaluations == second.num_evaluations
+    for one, two in zip(first.probabilities, second.probabilities):
+        assert one == pytest.approx(two, abs=1e-4)
+
+
 def test_evidence_shows_where_and_at_which_noise():
     images = torch.full((1, 3, 8, 8), 0.5)
     images[..., 4:] = 0.75  # right half: exactly the mean of "bright"; left half: undecided

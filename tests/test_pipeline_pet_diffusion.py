@@ -162,6 +162,41 @@ def test_guidance_follows_its_formula():
     torch.testing.assert_close(against, plain + 1.0, rtol=0, atol=4e-3)
 
 
+def test_images_are_in_the_order_of_their_labels():
+    pipe = oracle_pipeline(GaussianDenoiser(std=0.05))
+    options = {"num_images_per_prompt": 3, "output_type": "latent", "guidance_schedule": "constant"}
+    images = pipe(["cat", "dog"], 20, guidance_scale=1.0, **options).images
+    assert images.mean((1, 2, 3)).sign().tolist() == [-1.0] * 3 + [1.0] * 3
+    # Away from the other class, each from its own: 0.5 + 1·(0.5 - (-0.5)).
+    options["negative_class_labels"] = ["dog", "cat"]
+    images = pipe(["cat", "dog"], 20, guidance_scale=2.0, **options).images
+    expected = torch.tensor([-1.5] * 3 + [1.5] * 3)
+    torch.testing.assert_close(images.mean((1, 2, 3)), expected, rtol=0, atol=0.1)
+
+
+def test_the_interval_is_that_of_the_call():
+    model = GaussianDenoiser()
+    pipe = oracle_pipeline(model)
+    interval = {"guidance_schedule": "interval", "guidance_interval": (0.5, 2.0)}
+    pipe("dog", 18, guidance_scale=2.0, **interval)
+    inside = sum(0.5 <= sigma <= 2 for sigma in pipe.scheduler.sigmas[:-1].tolist())
+    assert inside > 0 and model.images == 18 + inside
+
+
+def test_a_callback_may_change_the_guidance():
+    model = GaussianDenoiser()
+    pipe = oracle_pipeline(model)
+
+    def stop_guidance(pipe, step, timestep, tensors):
+        if step == 2:
+            pipe._guidance_scale = 1.0
+        return {}
+
+    options = {"guidance_scale": 2.0, "guidance_schedule": "constant"}
+    pipe("dog", 5, callback_on_step_end=stop_guidance, **options)
+    assert model.images == 2 * 3 + 2
+
+
 def test_samples_of_the_empirical_denoiser_are_its_images_of_the_class():
     model = EmpiricalDenoiser()
     pipe = oracle_pipeline(model)
@@ -248,6 +283,10 @@ def test_interrupt_skips_the_rest(pipeline):
 
     pipeline("cat", 6, callback_on_step_end=callback)
     assert steps == [0, 1] and pipeline.interrupt
+    calls = []
+    pipeline.transformer.register_forward_hook(lambda *args: calls.append(None))
+    pipeline("cat", num_inference_steps=6)  # the next call is not interrupted
+    assert len(calls) == 6
 
 
 def test_latents_and_other_sizes(pipeline):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import TINY
 from test_evaluation import Pixels
 
@@ -118,6 +119,8 @@ def test_commands(readme_folder, data_folder, monkeypatch, capsys):
             words += ["--model_config", json.dumps(config)]
         words += ["--max_train_steps", steps, "--train_batch_size", "4"]
         words += ["--resolution", "8", "--preview_images", "1", "--cache_dir", "cache"]
+        words += ["--mixed_precision", "no"]  # which a process can set only once
+        AcceleratorState._reset_state(reset_partial_state=True)
         train_pet.main(train_pet.parse_args(words), train_pet.TrainingState())
         trained.append(words)
 

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
 import pet_pipeline.scheduling_adaptive_edm as train_pet_scheduler
 import train_pet
-from pet_pipeline import PetDiffusionPipeline
+from pet_pipeline import AdaptiveEDMScheduler, BalancedAdaptiveLoss, PetDiffusionPipeline
 from pet_pipeline.checkpointing import find_checkpoint, list_checkpoints
 from pet_pipeline.data import load_image_dataset, stratified_split
+from pet_pipeline.optimization import learning_rate_factor
 from pet_pipeline.transformer_pet import frequency_variances
 
 
@@ -176,6 +178,7 @@ def test_other_classes_losses_and_optimizers(image_folder, tmp_path):
         checkpoints_total_limit=1,
     )
     pipe = PetDiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert not pipe.scheduler.config.adaptive
     assert list(pipe.id2label.values()) == ["bird", "cat", "dog"]
     assert metrics(tmp_path / "out")[-1]["step"] == 54 // 8
     assert len(list_checkpoints(tmp_path / "out")) == 1
@@ -241,6 +244,47 @@ def test_bad_input_is_one_error_and_writes_nothing(image_folder, tmp_path, optio
     with pytest.raises(ValueError, match=message):
         train(image_folder, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_loop_uses_its_options(image_folder, tmp_path, monkeypatch):
+    drawn, weights, presets, norms = [], [], [], []
+    draw, forward = AdaptiveEDMScheduler.sample_training_sigmas, BalancedAdaptiveLoss.forward
+    clip = Accelerator.clip_grad_norm_
+
+    def watched_draw(*args, **kwargs):
+        drawn.append(draw(*args, **kwargs))
+        return drawn[-1]
+
+    def watched_forward(self, *args, **kwargs):
+        weights.append(kwargs["weights"])
+        presets.append(self.preset)
+        return forward(self, *args, **kwargs)
+
+    def watched_clip(self, parameters, max_norm, *args):
+        norms.append(max_norm)
+        return clip(self, parameters, max_norm, *args)
+
+    monkeypatch.setattr(AdaptiveEDMScheduler, "sample_training_sigmas", watched_draw)
+    monkeypatch.setattr(BalancedAdaptiveLoss, "forward", watched_forward)
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", watched_clip)
+    options = {"lr_scheduler": "linear", "lr_warmup_steps": 1, "loss": "original", "max_grad_norm": 0.5}
+    options |= {"prediction_type": "v_prediction", "noise_schedule": "adaptive"}
+    train(image_folder, tmp_path / "out", checkpointing_steps=1, checkpoints_total_limit=9, **options)
+    assert presets == ["original"] * 6 and norms == [0.5] * 6
+    assert all(used is sigmas.weights for used, sigmas in zip(weights, drawn, strict=True))
+    for step in range(1, 7):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        rates = torch.load(folder / "optimizer.bin", weights_only=True)
+        factor = learning_rate_factor("linear", (step - 1) / 6, step - 1, 1)
+        assert rates["muon"]["param_groups"][0]["lr"] == pytest.approx(0.02 * factor)
+        assert rates["adamw"]["param_groups"][0]["lr"] == pytest.approx(3e-3 * factor)
+    # Each of six batches of 8 was reported to the draw.
+    state = torch.load(folder / "custom_checkpoint_1.pkl", weights_only=True)
+    assert state["bin_counts"].sum().item() == pytest.approx(sum(8 * 0.99**k for k in range(6)), rel=1e-4)
+    pipeline = PetDiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.scheduler.config.adaptive
+    for part in (pipeline.scheduler, pipeline.transformer):
+        assert part.config.prediction_type == "v_prediction"
 
 
 def test_options_of_the_command_count_after_resuming(finished_run, image_folder, tmp_path):

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from pet_pipeline import AdaptiveEDMScheduler, PetTransformer2DModel, transformer_pet
 from pet_pipeline.transformer_pet import (
+    PetAttention,
     dct_matrix,
     frequency_variances,
     linear_attention,
@@ -171,14 +172,60 @@ def test_layers_are_not_shared():
 def test_gradient_checkpointing_changes_nothing():
     model = random_model(long_skips=True).train()
     images, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.enable_gradient_checkpointing()
+
+    def gradients() -> list[torch.Tensor]:
         model.zero_grad()
         model(images, torch.zeros(2), labels).sample.square().mean().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients()
+    model.enable_gradient_checkpointing()
+    checkpoint, blocks = model._gradient_checkpointing_func, []
+
+    def watched_checkpoint(block, *args):
+        blocks.append(block)
+        return checkpoint(block, *args)
+
+    model._gradient_checkpointing_func = watched_checkpoint
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients()))
+    assert blocks == list(model.transformer_blocks)
+
+
+def test_softmax_attention_is_softmax():
+    torch.manual_seed(0)
+    layer = PetAttention(16, 2, 8, "softmax")
+    torch.nn.init.zeros_(layer.conv_v.weight)
+    torch.nn.init.zeros_(layer.conv_v.bias)
+    hidden_states = torch.randn(2, 4, 16)
+    query, key, value = (
+        projection(hidden_states).view(2, 4, 2, 8).transpose(1, 2)
+        for projection in (layer.to_q, layer.to_k, layer.to_v)
+    )
+    query, key = (x / x.square().mean(-1, keepdim=True).sqrt() for x in (query, key))
+    attended = (query @ key.transpose(2, 3) / 8**0.5).softmax(-1) @ value
+    expected = layer.to_out[0](attended.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(hidden_states, 2, 2), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_dropout_drops():
+    model = random_model(dropout=0.5).train()
+    images, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    first, second = (model(images, torch.zeros(2), labels).sample for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_long_skips_pair_the_outermost_blocks():
+    model = random_model(num_layers=4, long_skips=True)
+    inputs, outputs = [], []
+
+    def watch(block, args, output) -> None:
+        inputs.append(args[4])
+        outputs.append(output)
+
+    for block in model.transformer_blocks:
+        block.register_forward_hook(watch)
+    model(torch.randn(2, 3, 8, 8), torch.zeros(2), torch.tensor([0, 1]))
+    assert inputs[:2] == [None, None] and inputs[2] is outputs[1] and inputs[3] is outputs[0]
 
 
 @pytest.mark.parametrize("variances", [None, VARIANCES])
