@@ -151,11 +151,8 @@ def measure_optimizer() -> None:
 def measure_sampling() -> None:
     pipeline = PetDiffusionPipeline.from_pretrained()
     pipeline.set_progress_bar_config(disable=True)
-    print(
-        "| steps | without guidance, s per image | evaluations | guided, s per image | evaluations | ratio |\n"
-        + "|---" * 6
-        + "|"
-    )
+    print("| steps | no guidance, s per image | evaluations | guided, s per image | evaluations | ratio |")
+    print("|---" * 6 + "|")
     for steps in (8, 12, 18, 35):
         seconds, evaluations = [], []
         for guidance_scale in (1.0, 2.5):
