@@ -104,7 +104,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     z, share = 1.96, successes / trials
     centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z / (1 + z**2 / trials) * (share * (1 - share) / trials + z**2 / (4 * trials**2)) ** 0.5
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def calibration_error(confidences: torch.Tensor, hits: torch.Tensor, num_bins: int = 10) -> float:
@@ -128,17 +128,23 @@ def measure_classification(
         names (`list[str]`): names of the classes.
 
     Returns:
-        `dict`: `accuracy` with its 95 % interval, `recall` by class, `log_loss` in nats, `calibration_error`.
+        `dict`: `accuracy` with its 95 % interval, `recall` of each class that has images, `log_loss` in nats,
+        `calibration_error`.
     """
     confidences, found = probabilities.max(1)
     hits = found == labels
+    recall = {
+        name: hits[labels == index].float().mean().item()
+        for index, name in enumerate(names)
+        if (labels == index).any()
+    }
     low, high = wilson_interval(int(hits.sum()), len(hits))
     return {
         "num_images": len(labels),
         "accuracy": hits.float().mean().item(),
         "accuracy_low": low,
         "accuracy_high": high,
-        "recall": {name: hits[labels == index].float().mean().item() for index, name in enumerate(names)},
+        "recall": recall,
         "log_loss": F.nll_loss(probabilities.clamp_min(1e-12).log(), labels).item(),
         "calibration_error": calibration_error(confidences, hits),
     }
@@ -157,7 +163,8 @@ def evaluate_classification(
         pipeline ([`PetClassificationPipeline`]): the classifier.
         dataset ([`ImageDataset`]): images of its classes.
         num_evaluations (`int`, defaults to 32), batch_size (`int`, defaults to 64): see the pipeline.
-        seed (`int`, defaults to 0): of the noise.
+        seed (`int`, defaults to 0): of the noise, drawn anew for every 50 images, so that no single draw
+            decides; a calibration with the same seed was fitted on other noise.
 
     Returns:
         `tuple[dict, torch.Tensor]`: the measures, with `evaluations_per_image` and `images_per_second`, and
@@ -165,10 +172,9 @@ def evaluate_classification(
     """
     rows, evaluations = [], 0
     began = time.perf_counter()
-    for images in tqdm(dataset.images.split(50), desc="images of 50", leave=False):
-        output = pipeline(
-            images, num_evaluations, batch_size=batch_size, generator=torch.Generator().manual_seed(seed)
-        )
+    for number, images in enumerate(tqdm(dataset.images.split(50), desc="images of 50", leave=False)):
+        generator = torch.Generator().manual_seed(seed + 1 + number)
+        output = pipeline(images, num_evaluations, batch_size=batch_size, generator=generator)
         rows += [list(probabilities.values()) for probabilities in output.probabilities]
         evaluations += sum(output.num_evaluations)
     seconds = time.perf_counter() - began
@@ -186,44 +192,29 @@ def accuracy_curve(
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Measures accuracy against evaluations per class, with and without calibration and shared noise.
+    """Measures accuracy against evaluations for each class, with and without calibration.
 
     Args:
         pipeline ([`PetClassificationPipeline`]), dataset ([`ImageDataset`]), batch_size (`int`, defaults to
-            64), seed (`int`, defaults to 0): see [`evaluate_classification`].
-        num_evaluations (`int`, defaults to 32): the most evaluations for each class; twice as many are made,
-            as classes with noise of their own need other draws.
+            64), seed (`int`, defaults to 0): see [`class_errors`].
+        num_evaluations (`int`, defaults to 32): the most evaluations for each class.
 
     Returns:
-        `list[dict]`: `weighting`, `noise`, `num_evaluations` and `accuracy` of each point, without early
-        stopping.
+        `list[dict]`: `weighting`, `num_evaluations` and `accuracy` of each point, without early stopping.
     """
     num_draws = num_evaluations // 2
-    found = class_errors(pipeline, dataset, 2 * num_evaluations, batch_size, seed)
-    order = draw_order(pipeline, 2 * num_draws, seed)
+    found = class_errors(pipeline, dataset, num_evaluations, batch_size, seed)
+    order = draw_order(pipeline, num_draws, seed)
     errors, sigmas = found.errors[..., order], found.sigmas[order]  # in the order they were drawn
-    num_classes = errors.shape[1]
     points = []
     for weighting in ("calibrated", "uncalibrated") if pipeline.config.calibration else ("uncalibrated",):
         calibration = pipeline.config.calibration if weighting == "calibrated" else None
-        weights = pipeline.band_weights(sigmas, calibration, dataset.images[0].numel())
-        weighted = errors * weights
-        # Every second class takes the other half of the draws.
-        own = torch.stack(
-            [weighted[:, label].roll(-label * num_draws, -1) for label in range(num_classes)], 1
-        )
+        weighted = errors * pipeline.band_weights(sigmas, calibration, dataset.images[0].numel())
         count = 1
         while count <= num_draws:
-            for noise, values in (("shared", weighted), ("independent", own)):
-                hits = values[..., :count].mean(-1).argmin(1) == dataset.labels
-                points.append(
-                    {
-                        "weighting": weighting,
-                        "noise": noise,
-                        "num_evaluations": 2 * count,
-                        "accuracy": hits.float().mean().item(),
-                    }
-                )
+            hits = weighted[..., :count].mean(-1).argmin(1) == dataset.labels
+            point = {"weighting": weighting, "num_evaluations": 2 * count}
+            points.append(point | {"accuracy": hits.float().mean().item()})
             count *= 2
     return points
 

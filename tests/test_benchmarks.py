@@ -72,8 +72,23 @@ def test_a_combined_denoiser_is_each_of_its_two_on_its_side():
         assert torch.equal(combined(images, timestep, labels).sample, expected)
 
 
+@pytest.fixture
+def installed(tmp_path):
+    """The environment of a user who installed the package, and therefore cannot import `train_pet`."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "pet_pipeline").symlink_to(Path(train_pet.__file__).parent / "pet_pipeline")
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+
+
+def test_scripts_find_what_they_import(installed, tmp_path):
+    script = Path(compare_recipes.__file__).parent / "measure_speed.py"  # imports the baselines too
+    command = [sys.executable, str(script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=installed, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
-def test_compare_recipes_trains_measures_and_goes_on(image_folder, tmp_path):
+def test_compare_recipes_trains_measures_and_goes_on(installed, image_folder, tmp_path):
     script = Path(compare_recipes.__file__)
     command = [
         sys.executable,
@@ -84,11 +99,10 @@ def test_compare_recipes_trains_measures_and_goes_on(image_folder, tmp_path):
         str(tmp_path / "out"),
     ]
     command += ["--cache_dir", str(tmp_path / "cache"), "--max_train_images", "64", "--num_images", "4"]
-    environment = {**os.environ, "PYTHONPATH": str(script.parent.parent.parent)}
 
     def rows(*runs: str) -> list[str]:
         done = subprocess.run(
-            [*command, "--runs", *runs], capture_output=True, text=True, env=environment, timeout=280
+            [*command, "--runs", *runs], capture_output=True, text=True, env=installed, timeout=280
         )
         assert done.returncode == 0 and not done.stderr, done.stderr
         return done.stdout.splitlines()[2:]

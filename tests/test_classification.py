@@ -70,6 +70,9 @@ def test_measures():
     assert measures["accuracy"] == 0.75 and measures["recall"] == {"a": 1.0, "b": pytest.approx(2 / 3)}
     expected = -(math.log(0.9) + math.log(0.1) + math.log(0.8) + math.log(0.6)) / 4
     assert measures["log_loss"] == pytest.approx(expected, rel=1e-5)
+    # A class without images has no recall, and no interval leaves [0, 1].
+    alone = measure_classification(probabilities[:1], torch.tensor([1]), ["a", "b"])
+    assert alone["recall"] == {"b": 0.0} and alone["accuracy_low"] == 0.0 < alone["accuracy_high"]
     assert wilson_interval(50, 100) == pytest.approx((0.404, 0.596), abs=1e-3)
     assert measures["accuracy_low"] < 0.75 < measures["accuracy_high"]
     sure = torch.full((100,), 0.9)
@@ -81,7 +84,7 @@ def test_measures():
     assert calibration_error(confidences, hits) == pytest.approx(0.4)
 
 
-def test_the_classifier_is_measured_and_sharing_noise_helps():
+def test_the_classifier_is_measured():
     dataset = gaussian_dataset(60)
     pipe = gaussian_classifier()
     errors = class_errors(pipe, dataset, 8)
@@ -94,11 +97,7 @@ def test_the_classifier_is_measured_and_sharing_noise_helps():
     assert probabilities.shape == (60, 2) and measures["evaluations_per_image"] == 16
     assert measures["accuracy"] > 0.6
     points = accuracy_curve(pipe, dataset, 16)
-    best = {
-        noise: max(p["accuracy"] for p in points if p["noise"] == noise)
-        for noise in ("shared", "independent")
-    }
-    assert best["shared"] > best["independent"]
+    assert points[-1]["accuracy"] > 0.6
     assert {p["num_evaluations"] for p in points} == {2, 4, 8, 16}
     calibrated = gaussian_classifier(calibration={"weights": [1.0] * NUM_BANDS})
     assert {p["weighting"] for p in accuracy_curve(calibrated, dataset.subset(torch.arange(4)), 4)} == {
@@ -162,7 +161,7 @@ def test_calibrate_keeps_weights_and_evaluate_uses_them(saved, image_folder, tmp
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"classification.json", "reliability.png"}
     record = json.loads((tmp_path / "out" / "classification.json").read_text())
-    assert record["measures"]["num_images"] == 8 and len(record["curve"]) == 8
+    assert record["measures"]["num_images"] == 8 and len(record["curve"]) == 4
     assert "| accuracy |" in capsys.readouterr().out
     assert main(["calibrate", "nowhere", "--reference", str(image_folder)]) == 1
     assert "'nowhere' is no folder" in capsys.readouterr().err

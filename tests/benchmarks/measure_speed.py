@@ -59,9 +59,10 @@ def attention_seconds(attention_type: str, tokens: int) -> tuple[float, float]:
 def peak_memory(attention_type: str, tokens: int) -> float:
     """MiB that forward and backward add to the memory of a process of their own, at their peak; on Linux."""
     code = (
-        "import sys; sys.path.insert(0, 'tests/benchmarks')\n"
+        f"import ctypes, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from measure_speed import attention_seconds, memory\n"
         "attention_seconds('linear', 64)\n"
+        "ctypes.CDLL(None).malloc_trim(0)\n"  # what this first run no longer needs
         "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak begins anew
         "before = memory('VmRSS')\n"
         f"attention_seconds({attention_type!r}, {tokens})\n"

@@ -2,6 +2,8 @@
 
     python tests/benchmarks/sweep_sampling.py guidance --dataset_name uoft-cs/cifar10
     python tests/benchmarks/sweep_sampling.py steps --dataset_name uoft-cs/cifar10 --model out
+    python tests/benchmarks/sweep_sampling.py guidance --dataset_name uoft-cs/cifar10 --guiding_model early \\
+        --only adaptive 1.5
 
 Every setting draws the same seeds, and is compared with training images, so that the test split stays unseen.
 """
@@ -10,6 +12,8 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
 from pet_pipeline.evaluation import (
@@ -54,6 +58,27 @@ SWEEPS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
 }
 
 
+class AutoguidedPipeline(PetDiffusionPipeline):
+    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from a worse model's prediction."""
+
+    guiding_transformer: torch.nn.Module
+
+    def _guided_output(
+        self,
+        model_input: torch.Tensor,
+        timestep: torch.Tensor,
+        labels: torch.Tensor,
+        null_labels: torch.Tensor,
+        weight: float,
+    ) -> torch.Tensor:
+        good = self._model_output(model_input, timestep, labels)
+        if weight == 1:
+            return good
+        timesteps = timestep.float().expand(len(model_input))
+        bad = self.guiding_transformer(model_input, timesteps, labels, return_dict=False)[0]
+        return bad + weight * (good - bad)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -66,11 +91,16 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--device", default="cpu", help="of the pipeline and of the feature extractor")
     parser.add_argument("--torch_compile", action="store_true", help="compile the denoiser")
-    parser.add_argument("--only", metavar="WORD", help="only the settings that have this, as `original`")
+    parser.add_argument("--guiding_model", help="pipeline of a worse model: autoguidance by it, in float32")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only settings with all of these words")
     parser.add_argument("--out", type=Path, help="JSON file of the records, one a line")
     args = parser.parse_args()
 
     pipeline = PetDiffusionPipeline.from_pretrained(args.model).to(args.device)
+    if args.guiding_model is not None:
+        worse = PetDiffusionPipeline.from_pretrained(args.guiding_model).to(args.device)
+        pipeline = AutoguidedPipeline.from_pipe(pipeline)
+        pipeline.guiding_transformer = worse.transformer.float()
     pipeline.set_progress_bar_config(disable=True)
     if args.torch_compile:
         pipeline.transformer.compile()
@@ -85,7 +115,7 @@ def main() -> None:
     print("|---" * 8 + "|")
     for settings, scheduler_settings in SWEEPS[args.sweep]:
         words = [str(value) for value in (settings | scheduler_settings).values()]
-        if args.only is not None and args.only not in words:
+        if not set(args.only or []) <= set(words):
             continue
         pipeline.scheduler = AdaptiveEDMScheduler.from_config(config, **scheduler_settings)
         generated = generate_images(pipeline, args.num_images, args.batch_size, **settings)
