@@ -245,7 +245,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "prints it when a run fails",
     )
     group.add_argument(
-        "--hub_strategy", choices=["end", "checkpoint"], default="end", help="push at each checkpoint too"
+        "--hub_strategy",
+        choices=["end", "checkpoint"],
+        default="end",
+        help="push at the end, or at each checkpoint too",
     )
 
     args = parser.parse_args(arguments)
@@ -258,6 +261,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "max_train_samples",
         "resolution",
         "max_grad_norm",
+        "ema_inv_gamma",
         "logging_steps",
         "validation_images",
         "validation_steps",
@@ -269,6 +273,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not value > 0:
             parser.error(f"--{name} has to be positive, but is {value}")
+    if args.lr_warmup_steps < 0:
+        parser.error(f"--lr_warmup_steps has to be 0 or more, but is {args.lr_warmup_steps}")
     if not 0 <= args.label_dropout <= 1:
         parser.error(f"--label_dropout has to be in [0, 1], but is {args.label_dropout}")
     if args.max_train_steps is None and args.num_train_epochs is None and args.max_train_minutes is None:
@@ -390,6 +396,7 @@ class TrainingState:
     images: int = 0  # images seen by all processes
     seconds: float = 0.0
     best_loss: float = math.inf
+    precision: str = ""  # of the steps so far: --mixed_precision auto may decide otherwise another time
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -569,7 +576,15 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         for group, values in zip(optimizer.param_groups, options):
             group.update(values)
         vars(ema).update(ema_options)
+        if state.precision and state.precision != accelerator.mixed_precision:
+            warnings.warn(
+                f"{str(checkpoint)!r} was trained with --mixed_precision {state.precision}: with "
+                f"{accelerator.mixed_precision} the training goes on, but not with the numbers of an "
+                "uninterrupted one.",
+                stacklevel=1,
+            )
         accelerator.print(f"Resumed at step {state.step:,} after {state.images:,} images.")
+    state.precision = accelerator.mixed_precision
     ema.to(accelerator.device)  # loading leaves it on the CPU
     if accelerator.is_main_process:
         samples_dir.mkdir(exist_ok=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .evaluation import Reference
+    from .pipeline_pet_classification import PetClassificationPipeline
     from .pipeline_pet_diffusion import PetDiffusionPipeline
 
 
@@ -109,7 +110,12 @@ def build_parser() -> argparse.ArgumentParser:
     classify.add_argument(
         "--num_evaluations", type=positive_integer, default=32, help="of the denoiser for each class, at most"
     )
-    classify.add_argument("--weighting", choices=["calibrated", "elbo"], default="calibrated")
+    classify.add_argument(
+        "--weighting",
+        choices=["calibrated", "elbo"],
+        default="calibrated",
+        help="of the noise levels: fitted to held-out images, or that of the likelihood bound",
+    )
     classify.add_argument("--seed", type=seed, default=0, help="of the noise")
     classify.add_argument("--device", help="a GPU is taken where there is one")
     classify.add_argument("--json", action="store_true", help="print one JSON object a line")
@@ -177,7 +183,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--steps", type=number_of_steps, default=18, help="denoising steps")
     evaluate.add_argument("--guidance_scale", type=float, default=2.5, help="strength of the guidance")
-    evaluate.add_argument("--guidance_schedule", choices=SCHEDULES, default="adaptive")
+    evaluate.add_argument(
+        "--guidance_schedule",
+        choices=SCHEDULES,
+        default="adaptive",
+        help="how the guidance varies with the noise level",
+    )
     evaluate.add_argument("--scheduler", choices=SCHEDULERS, help="as saved if not given")
     evaluate.add_argument("--device", help="a GPU is taken where there is one")
     evaluate.add_argument("--seed", type=seed, default=0, help="of the first image; the next count up")
@@ -355,6 +366,22 @@ def load_pipeline(
         raise ValueError(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
+def as_classifier(pipeline: "PetDiffusionPipeline") -> "PetClassificationPipeline":
+    """Makes a classifier that shares the weights of a pipeline.
+
+    As `PetClassificationPipeline.from_pipe` does, but without its cast, which diffusers warns of even if
+    nothing changes.
+    """
+    from .pipeline_pet_classification import PetClassificationPipeline
+
+    return PetClassificationPipeline(
+        pipeline.transformer,
+        pipeline.scheduler,
+        id2label=pipeline.id2label,
+        calibration=pipeline.config.calibration,
+    )
+
+
 def load_reference_of(args: argparse.Namespace, pipeline: "PetDiffusionPipeline", split: str) -> "Reference":
     """Loads the data set of the options of [`add_reference_options`] for the classes of a pipeline."""
     from .evaluation import load_reference
@@ -479,11 +506,11 @@ def run_classify(args: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
-    from .pipeline_pet_classification import IMAGE_FORMATS, PetClassificationPipeline, eight_bit_image
+    from .pipeline_pet_classification import IMAGE_FORMATS, eight_bit_image
     from .visualization import class_names, evidence_figure
 
     files = image_files(args.images)
-    pipeline = PetClassificationPipeline.from_pipe(load_pipeline(args.model, device=args.device))
+    pipeline = as_classifier(load_pipeline(args.model, device=args.device))
     pipeline.set_progress_bar_config(disable=True)
     good, tensors, bad = [], [], []
     for file in files:
@@ -528,8 +555,6 @@ def run_calibrate(args: argparse.Namespace) -> None:
     """Calibrates a model, as `pet-pipeline calibrate` does."""
     from .classification import class_errors, fit_calibration, measure_classification
     from .evaluation import balanced_subset
-    from .pipeline_pet_classification import PetClassificationPipeline
-    from .pipeline_pet_diffusion import PetDiffusionPipeline
     from .visualization import class_names
 
     if not Path(args.model).is_dir():
@@ -537,14 +562,15 @@ def run_calibrate(args: argparse.Namespace) -> None:
             f"{args.model!r} is no folder; a calibration is kept in the folder of a saved pipeline."
         )
     pipeline = load_pipeline(args.model, device=args.device)
-    classifier = PetClassificationPipeline.from_pipe(pipeline)
+    classifier = as_classifier(pipeline)
     classifier.set_progress_bar_config(disable=True)
     reference = load_reference_of(args, pipeline, "validation")
     held_out = balanced_subset(reference.validation, args.num_images)
     errors = class_errors(classifier, held_out, args.num_evaluations, seed=args.seed)
     calibration = fit_calibration(errors, held_out.labels)
     # Only the index changes: the weights stay as they are.
-    PetDiffusionPipeline.from_pipe(pipeline, calibration=calibration).save_config(args.model)
+    pipeline.register_to_config(calibration=calibration)
+    pipeline.save_config(args.model)
     weights = classifier.band_weights(errors.sigmas, calibration, held_out.images[0].numel())
     measures = measure_classification(
         (-(errors.errors * weights).mean(-1)).softmax(1), held_out.labels, class_names(pipeline)
@@ -560,10 +586,9 @@ def run_evaluate_classification(args: argparse.Namespace) -> None:
     """Measures the classifier, as `pet-pipeline evaluate --classification` does."""
     from .classification import accuracy_curve, evaluate_classification
     from .evaluation import balanced_subset, class_accuracy, load_classifier, save_record
-    from .pipeline_pet_classification import PetClassificationPipeline
     from .visualization import class_names, reliability_diagram
 
-    pipeline = PetClassificationPipeline.from_pipe(load_pipeline(args.model, device=args.device))
+    pipeline = as_classifier(load_pipeline(args.model, device=args.device))
     pipeline.set_progress_bar_config(disable=True)
     names = class_names(pipeline)
     reference = load_reference_of(args, pipeline, args.split)
@@ -604,7 +629,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """Measures a model, as `pet-pipeline evaluate` does."""
     if args.classification:
         return run_evaluate_classification(args)
-    from .evaluation import evaluate, generated_grid, markdown_table, neighbor_grid, save_record
+    from .evaluation import evaluate, generated_grid, neighbor_grid, save_record
+    from .hub import markdown_table
     from .metrics import FEATURE_EXTRACTORS
     from .visualization import class_names
 

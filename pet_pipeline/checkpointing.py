@@ -103,16 +103,11 @@ def synchronize(folder: Path) -> None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Returns what is wrong with a checkpoint, by its manifest, or `None`.
-
-    A checkpoint without a manifest, as this package once wrote them, is taken as it is, with a warning.
-    """
-    manifest = checkpoint / MANIFEST
-    if not manifest.exists():
-        warnings.warn(f"{str(checkpoint)!r} has no {MANIFEST}, so that it cannot be checked.", stacklevel=2)
-        return None
+    """Returns what is wrong with a checkpoint, by its manifest, or `None`."""
     try:
-        hashes = dict(json.loads(manifest.read_text())["sha256"])
+        hashes = dict(json.loads((checkpoint / MANIFEST).read_text())["sha256"])
+    except FileNotFoundError:
+        return f"its {MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError):
         return f"its {MANIFEST} is damaged"
     for name, expected in hashes.items():

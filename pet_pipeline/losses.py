@@ -85,10 +85,10 @@ class BalancedAdaptiveLoss(nn.Module):
         self.preset = preset
         self.sigma_data = sigma_data
         self.delta = delta
-        self.log_weight = nn.Linear(128, 1) if learned_weighting else None
+        self.logvar = nn.Linear(128, 1) if learned_weighting else None
         if learned_weighting:
-            nn.init.zeros_(self.log_weight.weight)
-            nn.init.zeros_(self.log_weight.bias)
+            nn.init.zeros_(self.logvar.weight)
+            nn.init.zeros_(self.logvar.bias)
 
     def forward(
         self,
@@ -126,9 +126,9 @@ class BalancedAdaptiveLoss(nn.Module):
         total_weight = sum(term_weights.values())
         losses = sum(term_weights[name] * terms[name] for name in TERMS) / total_weight  # (N,)
 
-        log_weight = self._log_weight(sigmas)
-        weighted = losses * (-log_weight).exp()
-        objective = weighted + log_weight
+        logvar = self._logvar(sigmas)
+        weighted = losses * (-logvar).exp()
+        objective = weighted + logvar
         loss = (objective if weights is None else objective * weights).mean()
         return BalancedAdaptiveLossOutput(
             loss=loss,
@@ -139,15 +139,15 @@ class BalancedAdaptiveLoss(nn.Module):
             },
         )
 
-    def _log_weight(self, sigmas: torch.Tensor) -> torch.Tensor:
+    def _logvar(self, sigmas: torch.Tensor) -> torch.Tensor:
         """Returns s(σ) of shape `(batch,)`, linear in Fourier features of c_noise."""
-        if self.log_weight is None:
+        if self.logvar is None:
             return torch.zeros_like(sigmas)
         features = get_timestep_embedding(
             sigmas.log() / 4, 128, downscale_freq_shift=0, scale=10.0, max_period=100
         )
         with torch.autocast(sigmas.device.type, enabled=False):
-            return self.log_weight(features).squeeze(-1)
+            return self.logvar(features).squeeze(-1)
 
 
 def output_terms(model_output: torch.Tensor, target: torch.Tensor, delta: float) -> dict[str, torch.Tensor]:

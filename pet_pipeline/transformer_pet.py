@@ -115,8 +115,7 @@ class PetAttention(nn.Module):
 
 def rms_normalize(hidden_states: torch.Tensor) -> torch.Tensor:
     """Scales vectors `(..., head_dim)` to a root mean square of 1, in float32 (Zhang and Sennrich 2019)."""
-    hidden_states = hidden_states.float()
-    return hidden_states * (hidden_states.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    return F.rms_norm(hidden_states.float(), hidden_states.shape[-1:], eps=1e-6)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:

@@ -1,15 +1,17 @@
 import os
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
 
-from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, PetTransformer2DModel
-
-
-# Nothing here needs the network; without this, an unknown data set is looked for on the Hub.
+# Nothing here needs the network; without this, an unknown data set is looked for on the Hub. Read at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, PetTransformer2DModel  # noqa: E402
+
+
 # More threads would only wait for each other at these sizes.
 torch.set_num_threads(1)
 

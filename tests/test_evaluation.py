@@ -17,10 +17,10 @@ from pet_pipeline.evaluation import (
     generate_images,
     load_classifier,
     load_reference,
-    markdown_table,
     measure_images,
     neighbor_grid,
 )
+from pet_pipeline.hub import markdown_table
 from pet_pipeline.metrics import FEATURE_EXTRACTORS
 
 

@@ -55,7 +55,7 @@ def test_perfect_prediction_has_no_error_and_gradients_are_finite_at_zero(preset
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_a_samples_loss_does_not_depend_on_its_batch(preset):
     loss_function = BalancedAdaptiveLoss(preset)
-    torch.nn.init.normal_(loss_function.log_weight.weight, std=0.1)
+    torch.nn.init.normal_(loss_function.logvar.weight, std=0.1)
     batch = random_batch()
     together = loss_function(**batch).sample_losses
     alone = [loss_function(**{k: v[i : i + 1] for k, v in batch.items()}).sample_losses for i in range(6)]
@@ -78,7 +78,7 @@ def test_mse_is_plain_edm_and_balanced_tends_to_it_at_high_noise():
 
 def test_importance_weights_and_learned_weighting_enter_the_objective():
     loss_function = BalancedAdaptiveLoss("mse")
-    torch.nn.init.constant_(loss_function.log_weight.bias, 0.7)
+    torch.nn.init.constant_(loss_function.logvar.bias, 0.7)
     batch, weights = random_batch(), torch.arange(6.0)
     result = loss_function(**batch, weights=weights)
     errors = (batch["model_output"] - batch["target"]).square().mean((1, 2, 3))
@@ -86,7 +86,7 @@ def test_importance_weights_and_learned_weighting_enter_the_objective():
     torch.testing.assert_close(result.loss, (weights * (errors * (-s).exp() + s)).mean())
     torch.testing.assert_close(result.sample_losses, errors * (-s).exp())
     result.loss.backward()
-    assert loss_function.log_weight.weight.grad.abs().max() > 0
+    assert loss_function.logvar.weight.grad.abs().max() > 0
     assert set(result.terms) == set(TERMS)
 
 

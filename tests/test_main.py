@@ -1,4 +1,5 @@
 import configparser
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,46 @@ from conftest import random_model
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
-from pet_pipeline.__main__ import main
+import train_pet
+from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline, app
+from pet_pipeline.__main__ import SCHEDULES, build_parser, main
+from pet_pipeline.metrics import FEATURE_EXTRACTORS
+from pet_pipeline.pipeline_pet_classification import WEIGHTINGS
+from pet_pipeline.pipeline_pet_diffusion import GUIDANCE_SCHEDULES
 
 
 @pytest.fixture
 def saved(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
+
+
+def test_defaults_and_choices_are_the_same_everywhere():
+    # The command line, the page and the training know them without importing the pipelines.
+    parser = build_parser()
+    call = inspect.signature(PetDiffusionPipeline.__call__).parameters
+    defaults = [call[name].default for name in ("num_inference_steps", "guidance_scale", "guidance_schedule")]
+    for words in (["generate"], ["evaluate", "--reference", "data"]):
+        args = parser.parse_args(words)
+        assert [args.steps, args.guidance_scale, args.guidance_schedule] == defaults
+    assert app.Settings() == app.Settings(*defaults)
+    evaluations = inspect.signature(PetClassificationPipeline.__call__).parameters["num_evaluations"].default
+    for words in (
+        ["classify", "cat.png"],
+        ["calibrate", "out", "--reference", "data"],
+        ["evaluate", "--reference", "data"],
+    ):
+        assert parser.parse_args(words).num_evaluations == evaluations
+    assert tuple(SCHEDULES) == tuple(GUIDANCE_SCHEDULES)
+    for command, option, choices in (
+        ("classify", "--weighting", WEIGHTINGS),
+        ("evaluate", "--features", FEATURE_EXTRACTORS),
+    ):
+        subparser = parser._subparsers._group_actions[0].choices[command]
+        assert list(subparser._option_string_actions[option].choices) == list(choices)
+    trained = train_pet.parse_args(["--max_train_steps", "1"])
+    scheduler = AdaptiveEDMScheduler()
+    assert (trained.p_mean, trained.p_std) == (scheduler.config.p_mean, scheduler.config.p_std)
 
 
 def test_generate_writes_images_and_a_grid(saved, tmp_path, capsys):

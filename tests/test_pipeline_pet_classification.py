@@ -12,6 +12,7 @@ from pet_pipeline import (
     AdaptiveEDMScheduler,
     PetClassificationPipeline,
     PetDiffusionPipeline,
+    hub,
     pipeline_pet_classification,
     pipeline_pet_diffusion,
 )
@@ -303,6 +304,9 @@ def test_copied_methods_are_equal(name):
 
 
 def test_copied_functions_are_equal():
+    for name in ("COMPONENT_MODULES", "PIPELINE_MODULES", "MAX_LABEL_LENGTH"):
+        assert getattr(pipeline_pet_diffusion, name) == getattr(pipeline_pet_classification, name)
+    assert tuple(f"{name}.py" for name in pipeline_pet_diffusion.PIPELINE_MODULES) == hub.PIPELINE_FILES
     for name in ("check_labels", "copy_source"):
         first, second = (
             inspect.getsource(getattr(module, name))

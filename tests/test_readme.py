@@ -15,9 +15,10 @@ from conftest import TINY
 from test_evaluation import Pixels
 
 import train_pet
-from pet_pipeline import PetDiffusionPipeline
+from pet_pipeline import PetClassificationPipeline, PetDiffusionPipeline
 from pet_pipeline.__main__ import main
 from pet_pipeline.app import serve
+from pet_pipeline.evaluation import evaluate, load_reference
 from pet_pipeline.metrics import FEATURE_EXTRACTORS
 
 
@@ -48,11 +49,24 @@ def readme_folder(pipeline, image_folder, tmp_path, monkeypatch):
         return pipe
 
     monkeypatch.setattr(PetDiffusionPipeline, "from_pretrained", classmethod(load))
+    classifier = PetClassificationPipeline.from_pipe
+    monkeypatch.setattr(
+        PetClassificationPipeline, "from_pretrained", lambda: classifier(load(PetDiffusionPipeline))
+    )
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     return tmp_path
 
 
-def test_python_snippets(readme_folder, monkeypatch):
+def test_python_snippets(readme_folder, data_folder, monkeypatch):
+    monkeypatch.setattr("pet_pipeline.metrics.EfficientNetLite0Features", Pixels)
+    monkeypatch.setattr(
+        "pet_pipeline.evaluation.evaluate",
+        lambda *args, **kwargs: evaluate(*args, **{**kwargs, "num_images": 8}),
+    )
+    monkeypatch.setattr(
+        "pet_pipeline.evaluation.load_reference",
+        lambda name, classes, resolution: load_reference(data_folder, classes, 8, cache_dir="cache"),
+    )
     # Compiling is tested elsewhere.
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *args, **kwargs: None)
     main(["generate", "--num_samples", "1", "--steps", "1", "--out", "samples"])
@@ -62,6 +76,7 @@ def test_python_snippets(readme_folder, monkeypatch):
     for code in snippets:
         exec(compile(code, str(README), "exec"), namespace)
     assert len(namespace["images"]) == 8 and Path("cat.png").exists()
+    assert namespace["record"]["measures"]["num_images"] == 8
     assert namespace["output"].num_evaluations and "Classification" in type(namespace["classify"]).__name__
 
 
@@ -97,7 +112,8 @@ def test_commands(readme_folder, data_folder, monkeypatch, capsys):
 
     def smaller(words: list[str]) -> list[str]:
         """The same command for a data set and lengths that take no time."""
-        words = [data_folder if word == "uoft-cs/cifar10" else word for word in words]
+        names = {"uoft-cs/cifar10": data_folder, "my-photos": data_folder, "pet_pipeline/pretrained": "out"}
+        words = [names.get(word, word) for word in words]
         for option, value in (
             ("--num_images", "8"),
             ("--max_train_minutes", None),
@@ -132,10 +148,12 @@ def test_commands(readme_folder, data_folder, monkeypatch, capsys):
             if words[1] == "evaluate":
                 words += ["--num_images", "8"]
                 words += ["--num_evaluations", "4"] if "--classification" in words else []
+            elif words[1] == "calibrate":
+                words += ["--num_evaluations", "16"]
             assert main(words[1:]) == 0, (words, capsys.readouterr().err)
         else:
             raise AssertionError(f"README has a command that no test runs: {words}")
     for path in ("stronger/strip.png", "why.png", "traffic/evaluation.json", "evaluation/reliability.png"):
         assert Path(path).exists(), path
-    assert len(trained) == 8 and pushed == ["out", "pets", "out", "spaces/user/pets"]
+    assert len(trained) == 9 and pushed == ["out", "pets", "out", "spaces/user/pets"]
     assert len(pages) == 2 and all("pet_pipeline" in page for page in pages)

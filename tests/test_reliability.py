@@ -190,8 +190,6 @@ def test_damage_is_found_in_every_file(run_of_two):
     for name in names:
         content = (newest / name).read_bytes()
         for damage in (truncate, empty, flip_a_bit, Path.unlink):
-            if name == "manifest.json" and damage is Path.unlink:
-                continue  # a checkpoint of an earlier version, see below
             damage(newest / name)
             # A hash that is damaged itself speaks against its file.
             message = "checkpoint-10' is damaged: .*" + ("" if name == "manifest.json" else name)
@@ -209,12 +207,6 @@ def test_damage_is_found_in_every_file(run_of_two):
         truncate(checkpoint / "optimizer.bin")
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="Every checkpoint in .* is damaged"):
         find_checkpoint(run_of_two, "latest")
-
-
-def test_a_checkpoint_without_a_manifest_is_used_with_a_warning(run_of_two):
-    (run_of_two / "checkpoint-10" / "manifest.json").unlink()
-    with pytest.warns(UserWarning, match="has no manifest.json"):
-        assert find_checkpoint(run_of_two, "latest").name == "checkpoint-10"
 
 
 def test_a_run_with_a_damaged_checkpoint_resumes_from_the_one_before(image_folder, run_of_two, whole_run):

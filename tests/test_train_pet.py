@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -317,6 +318,8 @@ def test_automatic_precision_is_what_accelerate_was_told(monkeypatch):
     [
         (["--max_train_steps", "0"], "--max_train_steps has to be positive"),
         (["--train_batch_size", "-1", "--max_train_steps", "1"], "--train_batch_size has to be positive"),
+        (["--ema_inv_gamma", "0", "--max_train_steps", "1"], "--ema_inv_gamma has to be positive"),
+        (["--lr_warmup_steps", "-1", "--max_train_steps", "1"], "--lr_warmup_steps has to be 0 or more"),
         (["--label_dropout", "2", "--max_train_steps", "1"], "--label_dropout"),
         (["--model_config", "{num_layers: 1}"], "--model_config: is not JSON"),
         (["--model_config", "[1]"], "has to be a JSON object"),
@@ -457,3 +460,14 @@ def test_an_output_folder_that_cannot_be_written(image_folder, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file"):
         train(image_folder, tmp_path / "file" / "out", cache_dir=tmp_path / "cache")
+
+
+def test_a_run_resumed_in_another_precision_says_so(finished_run, image_folder, tmp_path):
+    shutil.copytree(finished_run / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
+    resume = {"resume_from_checkpoint": "latest", "max_train_steps": 4}
+    with pytest.warns(UserWarning, match="trained with --mixed_precision no: with bf16"):
+        train(image_folder, tmp_path / "out", mixed_precision="bf16", **resume)
+    # The next checkpoint is of that precision.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*trained with --mixed_precision")
+        train(image_folder, tmp_path / "out", mixed_precision="bf16", **{**resume, "max_train_steps": 5})
