@@ -136,7 +136,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("noise and loss")
     group.add_argument(
-        "--noise_schedule", choices=["adaptive", "fixed"], default="adaptive", help="draw of noise levels"
+        "--noise_schedule",
+        choices=["adaptive", "fixed"],
+        default="adaptive",
+        help="draw of noise levels; the adaptive one acts with --no-learned_weighting, as there is nothing "
+        "to adapt to otherwise",
     )
     group.add_argument("--p_mean", type=float, default=-1.6, help="mean of ln σ in the training proposal")
     group.add_argument(

@@ -96,7 +96,9 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         s_tmin (`float`, defaults to 0.05), s_tmax (`float`, defaults to 50.0): levels between which churn
             acts.
         s_noise (`float`, defaults to 1.0): standard deviation of the churn noise.
-        adaptive (`bool`, defaults to `True`): adapt the training draw to the observed losses.
+        adaptive (`bool`, defaults to `True`): adapt the training draw to the observed losses. Where a learned
+            weighting brings these to the same size at every noise level, as that of [`BalancedAdaptiveLoss`]
+            does, the draw stays at the proposal.
         p_mean (`float`, defaults to -1.6), p_std (`float`, defaults to 1.4): mean and standard deviation of
             ln σ in the training proposal q, truncated to [`sigma_min`, `sigma_max`].
         num_bins (`int`, defaults to 32): bins of the adaptive draw, of equal probability under q.

@@ -235,12 +235,6 @@ def test_adaptive_probabilities_have_their_formula():
         AdaptiveEDMScheduler(num_bins=8).load_state_dict(state)
 
 
-def test_non_finite_losses_do_not_poison_the_draw():
-    scheduler = AdaptiveEDMScheduler()
-    scheduler.update_training_losses(torch.tensor([0.1, 1.0]), torch.tensor([float("nan"), 1.0]))
-    assert scheduler.bin_probabilities.isfinite().all()
-
-
 def test_churn_acts_between_its_bounds():
     plain = AdaptiveEDMScheduler(solver="euler")
     churned = AdaptiveEDMScheduler(solver="euler", s_churn=4.5, s_tmin=0.05, s_tmax=5.0)

@@ -43,8 +43,8 @@ class Baseline(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor,
         return_dict: bool = True,
     ) -> tuple[torch.Tensor]:
-        # c_noise in [-1.6, 1.1], on the scale that the sinusoidal embeddings of these models are made for.
-        timestep = (timestep.float().expand(len(hidden_states)) + 2) * 250
+        # c_noise in [-1.6, 1.1]: the fastest of their sinusoids then turns as fast as that of our denoiser.
+        timestep = (timestep.float().expand(len(hidden_states)) + 2) * 25
         return (self.network(hidden_states, timestep, class_labels=class_labels, return_dict=False)[0],)
 
 
@@ -70,14 +70,15 @@ class DiTBaseline(Baseline):
             # As in the paper: modulations and the output start at zero.
             if name.endswith(("norm1.linear.weight", "norm1.linear.bias")) or name.startswith("proj_out"):
                 nn.init.zeros_(parameter)
-        for block in self.transformer_blocks:
+        for block in self.network.transformer_blocks:
             # Labels are dropped by train_pet.py, at the rate asked for.
             block.norm1.emb.class_embedder.dropout_prob = 0.0
 
     @property
     def transformer_blocks(self) -> nn.ModuleList:
-        """Where Muon looks for matrices."""
-        return self.network.transformer_blocks
+        """Where Muon looks for matrices: not in the embeddings that every block has."""
+        blocks = self.network.transformer_blocks
+        return nn.ModuleList(m for block in blocks for m in (block.norm1.linear, block.attn1, block.ff))
 
 
 class UNetBaseline(Baseline):
