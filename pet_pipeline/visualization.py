@@ -50,6 +50,9 @@ def image_grid(
                 image.convert("RGB").resize((width, height), Image.Resampling.NEAREST),
                 (left + c * (width + MARGIN), y),
             )
+    widest = max((font.getlength(label) for label in column_labels or []), default=0)
+    if widest > width:  # neighbours must not touch, nor the last be cut off
+        font = ImageFont.load_default(12 * width / widest)
     for c, label in enumerate(column_labels or []):
         draw.text(
             (left + c * (width + MARGIN) + width / 2, MARGIN), label, fill=(0, 0, 0), font=font, anchor="mt"

@@ -30,6 +30,13 @@ def test_grid_places_every_image_without_blur():
         assert (plain == expected).all(-1).sum() == 12 * 12
 
 
+def test_labels_of_columns_stay_apart():
+    grid = np.asarray(image_grid([[Image.new("RGB", (32, 32))] * 3], column_labels=["0.0075"] * 3, scale=1))
+    header = (grid[:16] < 128).any((0, 2))  # where there is ink
+    assert header.any() and not header[-2:].any()
+    assert not header[[36 * column + 1 for column in range(3)]].any()  # between the columns
+
+
 def test_pictures_of_a_pipeline(pipeline):
     grid = sample_grid(pipeline, num_images=3, seed=4, num_inference_steps=2)
     strip = denoising_strip(pipeline, num_inference_steps=5)

@@ -30,10 +30,12 @@ if TYPE_CHECKING:
 OUT = Path(__file__).parent
 
 
-def save_screenshot(page: "Page", name: str) -> None:
+def save_screenshot(page: "Page", name: str, scroll_up: bool = True) -> None:
     """Saves the page with 256 colours, which keeps the file small."""
     page.mouse.move(0, 0)
     page.evaluate("document.activeElement.blur()")
+    if scroll_up:
+        page.evaluate("window.scrollTo(0, 0)")
     page.wait_for_timeout(500)
     with Image.open(io.BytesIO(page.screenshot())) as picture:
         palette = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
@@ -57,7 +59,7 @@ def main() -> None:
     names = class_names(pipeline)
     reference = load_reference(args.reference, names, resolution, cache_dir=args.cache_dir)
     with serve(pipeline, reference) as url, chromium() as browser:
-        page = browser.new_page(viewport={"width": 1280, "height": 1150})
+        page = browser.new_page(viewport={"width": 1280, "height": 1280})
         page.set_default_timeout(300_000)
         page.goto(url)
         generate = page.get_by_role("button", name="Generate")
@@ -95,7 +97,7 @@ def main() -> None:
         page.get_by_role("button", name="Generate").click()
         page.get_by_role("link", name="Download").first.wait_for()
         page.get_by_role("button", name="Generate").evaluate("button => button.scrollIntoView()")
-        save_screenshot(page, "app-phone")
+        save_screenshot(page, "app-phone", scroll_up=False)
     for path in sorted(OUT.glob("app-*.png")):
         print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
