@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import (
     PatchEmbed,
@@ -52,9 +52,26 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # A `config.json` may come from anyone. What it describes is refused beyond these, before memory is taken.
 MAX_PARAMETERS = 2_000_000_000  # 8 GB in float32
-MAX_LAYERS = 1000
 MAX_IMAGE_VALUES = 2**24  # channels × height × width
 MAX_FREQUENCIES = 4096  # channels × patch size², where each has a variance
+# Smallest and largest value of each argument.
+RANGES: dict[str, tuple[float, float]] = {
+    "sample_size": (1, 1e9),
+    "in_channels": (1, 1e9),
+    "num_classes": (1, 1e9),
+    "patch_size": (1, 1e9),
+    "num_layers": (1, 1000),
+    "num_attention_heads": (1, 1e9),
+    "attention_head_dim": (1, 1e9),
+    "decoder_channels": (1, 1e9),
+    "decoder_layers": (0, 1000),
+    "feed_forward_ratio": (1e-3, 1e3),
+    "dropout": (0, 0.999),
+    "sigma_data": (1e-3, 1e3),
+    "interpolation_scale": (1e-3, 1e3),
+}
+NUMBERS = ("feed_forward_ratio", "dropout", "sigma_data", "interpolation_scale")
+CHOICES = {"attention_type": ("linear", "softmax"), "prediction_type": ("epsilon", "v_prediction")}
 
 
 class PetAttention(nn.Module):
@@ -340,37 +357,68 @@ def num_groups(channels: int) -> int:
     return next(groups for groups in range(min(32, max(1, channels // 8)), 0, -1) if channels % groups == 0)
 
 
-def count_parameters(
-    in_channels: int,
-    num_classes: int,
-    patch_size: int,
-    num_layers: int,
-    dim: int,
-    feed_forward_dim: int,
-    num_long_skips: int,
-    decoder_channels: int,
-    decoder_layers: int,
-) -> int:
-    """Returns the number of parameters of a [`PetTransformer2DModel`] that is not built yet."""
-    patch_values = patch_size**2 * in_channels
-    embeddings = (patch_values + 1) * dim + (256 + dim + 2) * dim + (num_classes + 1) * dim
-    attention = 3 * dim**2 + 10 * dim + (dim + 1) * dim
-    feed_forward = (dim + 1) * 2 * feed_forward_dim + 10 * feed_forward_dim + (feed_forward_dim + 1) * dim
-    blocks = num_layers * ((dim + 1) * 6 * dim + attention + feed_forward)
-    long_skips = num_long_skips * (2 * dim + 1) * dim
-    output = (dim + 1) * 2 * dim + (dim + 1) * patch_values
-    decoder = 0
-    if decoder_layers:
-        pixel_factor = 2 if patch_size % 2 == 0 else 1
-        pixel_values = in_channels * pixel_factor**2
-        decoder = (
-            (dim + 1) * decoder_channels * (patch_size // pixel_factor) ** 2
-            + (9 * pixel_values + 1) * decoder_channels
-            + decoder_layers * 2 * ((9 * decoder_channels + 1) * decoder_channels + 2 * decoder_channels)
-            + 2 * decoder_channels
-            + (9 * decoder_channels + 1) * pixel_values
+def check_config(config: FrozenDict) -> None:
+    """Checks a configuration of [`PetTransformer2DModel`], which may come from anyone, before it is built.
+
+    Raises:
+        ValueError: if an argument is out of range, or the model would exhaust memory; the message says which,
+            and by how much.
+    """
+    for name, (low, high) in RANGES.items():
+        value = config[name]
+        kind, kind_name = ((int, float), "a number") if name in NUMBERS else (int, "an integer")
+        if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"`{name}` has to be {kind_name} in [{low:g}, {high:g}], but is {value!r}.")
+    for name, choices in CHOICES.items():
+        if config[name] not in choices:
+            raise ValueError(f"`{name}` has to be one of {', '.join(choices)}, but is {config[name]!r}.")
+    if not isinstance(config.long_skips, bool):
+        raise ValueError(f"`long_skips` has to be true or false, but is {config.long_skips!r}.")
+    if config.sample_size % config.patch_size:
+        raise ValueError(
+            f"`patch_size` has to divide `sample_size`, but {config.patch_size} does not divide "
+            f"{config.sample_size}."
         )
-    return embeddings + blocks + long_skips + output + decoder
+    dim = config.num_attention_heads * config.attention_head_dim
+    if dim % 4:
+        raise ValueError(
+            "`num_attention_heads` × `attention_head_dim` has to be a multiple of 4 for 2D sinusoidal "
+            f"positions, but is {dim}."
+        )
+    num_frequencies = config.in_channels * config.patch_size**2
+    variances = config.frequency_variances
+    if variances is not None:
+        if not isinstance(variances, (list, tuple)) or not all(
+            isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1e6
+            for value in variances
+        ):
+            raise ValueError("`frequency_variances` has to be a list of numbers in [0, 1e6].")
+        if num_frequencies > MAX_FREQUENCIES:
+            raise ValueError(
+                f"`frequency_variances` is for at most {MAX_FREQUENCIES:,} frequencies, but patches of "
+                f"{config.patch_size} have {num_frequencies:,}."
+            )
+        if len(variances) != num_frequencies:
+            raise ValueError(
+                f"`frequency_variances` has to have `in_channels` × `patch_size`² = {num_frequencies} "
+                f"values, but has {len(variances)}."
+            )
+    num_values = config.in_channels * config.sample_size**2
+    if num_values > MAX_IMAGE_VALUES:
+        raise ValueError(
+            f"`in_channels` × `sample_size`² has to be at most {MAX_IMAGE_VALUES:,}, but is {num_values:,}."
+        )
+    # The large matrices alone: of the blocks; embeddings and output; decoder.
+    blocks = config.num_layers * dim**2 * (10 + 3 * config.feed_forward_ratio + config.long_skips)
+    ends = dim * (config.num_classes + 2 * num_frequencies + 3 * dim)
+    upsampling = dim * config.decoder_channels * config.patch_size**2
+    decoder = upsampling + 18 * config.decoder_layers * config.decoder_channels**2
+    num_parameters = int(blocks + ends + (decoder if config.decoder_layers else 0))
+    if num_parameters > MAX_PARAMETERS:
+        raise ValueError(
+            f"A model may have at most {MAX_PARAMETERS:,} parameters, but this configuration has about "
+            f"{num_parameters:,} ({4 * num_parameters / 1e9:,.0f} GB in float32)."
+        )
 
 
 class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -445,96 +493,8 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         interpolation_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        for name in (
-            "sample_size",
-            "in_channels",
-            "num_classes",
-            "patch_size",
-            "num_layers",
-            "num_attention_heads",
-            "attention_head_dim",
-            "decoder_channels",
-        ):
-            value = getattr(self.config, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` has to be a positive integer, but is {value!r}.")
-        if not isinstance(decoder_layers, int) or isinstance(decoder_layers, bool) or decoder_layers < 0:
-            raise ValueError(f"`decoder_layers` has to be a non-negative integer, but is {decoder_layers!r}.")
-        for name in ("feed_forward_ratio", "dropout", "sigma_data", "interpolation_scale"):
-            value = getattr(self.config, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise ValueError(f"`{name}` has to be a number, but is {value!r}.")
-        if not isinstance(long_skips, bool):
-            raise ValueError(f"`long_skips` has to be true or false, but is {long_skips!r}.")
-        if sample_size % patch_size:
-            raise ValueError(
-                f"`patch_size` has to divide `sample_size`, but {patch_size} does not divide {sample_size}."
-            )
-        if attention_type not in ("linear", "softmax"):
-            raise ValueError(f"`attention_type` has to be 'linear' or 'softmax', but is {attention_type!r}.")
-        if not 0 < feed_forward_ratio < math.inf:
-            raise ValueError(
-                f"`feed_forward_ratio` has to be positive and finite, but is {feed_forward_ratio!r}."
-            )
-        for name, value in (("sigma_data", sigma_data), ("interpolation_scale", interpolation_scale)):
-            if not 1e-3 <= value <= 1e3:
-                raise ValueError(f"`{name}` has to be in [0.001, 1000], but is {value!r}.")
-        if prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"`prediction_type` has to be 'epsilon' or 'v_prediction', but is {prediction_type!r}."
-            )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"`dropout` has to be in [0, 1), but is {dropout!r}.")
+        check_config(self.config)
         inner_dim = num_attention_heads * attention_head_dim
-        if inner_dim % 4:
-            raise ValueError(
-                "`num_attention_heads` × `attention_head_dim` has to be a multiple of 4 for 2D sinusoidal "
-                f"positions, but is {inner_dim}."
-            )
-        for name in ("num_layers", "decoder_layers"):
-            if getattr(self.config, name) > MAX_LAYERS:
-                raise ValueError(
-                    f"`{name}` has to be at most {MAX_LAYERS:,}, but is {getattr(self.config, name):,}."
-                )
-        if frequency_variances is not None:
-            num_frequencies = in_channels * patch_size**2
-            if not isinstance(frequency_variances, (list, tuple)) or not all(
-                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1e6
-                for value in frequency_variances
-            ):
-                raise ValueError("`frequency_variances` has to be a list of numbers in [0, 1e6].")
-            if num_frequencies > MAX_FREQUENCIES:
-                raise ValueError(
-                    f"`frequency_variances` is for at most {MAX_FREQUENCIES:,} frequencies, but patches of "
-                    f"{patch_size} have {num_frequencies:,}."
-                )
-            if len(frequency_variances) != num_frequencies:
-                raise ValueError(
-                    "`frequency_variances` has to have `in_channels` × `patch_size`² = "
-                    f"{num_frequencies} values, but has {len(frequency_variances)}."
-                )
-        num_values = in_channels * sample_size**2
-        if num_values > MAX_IMAGE_VALUES:
-            raise ValueError(
-                f"`in_channels` × `sample_size`² has to be at most {MAX_IMAGE_VALUES:,}, but is "
-                f"{num_values:,}."
-            )
-        num_parameters = count_parameters(
-            in_channels,
-            num_classes,
-            patch_size,
-            num_layers,
-            inner_dim,
-            int(inner_dim * feed_forward_ratio),
-            num_layers // 2 if long_skips else 0,
-            decoder_channels,
-            decoder_layers,
-        )
-        if num_parameters > MAX_PARAMETERS:
-            raise ValueError(
-                f"A model may have at most {MAX_PARAMETERS:,} parameters, but this configuration has "
-                f"{num_parameters:,} ({4 * num_parameters / 1e9:,.0f} GB in float32)."
-            )
         self.gradient_checkpointing = False
 
         # Positions are added in `forward`: as a buffer they would be rounded by `.to(torch.bfloat16)`, but
