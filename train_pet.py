@@ -38,6 +38,7 @@ from pet_pipeline import (
     PetDiffusionPipeline,
     PetTransformer2DModel,
 )
+from pet_pipeline.__main__ import HelpFormatter
 from pet_pipeline.checkpointing import (
     Interruption,
     checkpoint_step,
@@ -89,7 +90,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; exits with a message where it makes no sense."""
     parser = argparse.ArgumentParser(
         description="Train a class-conditional diffusion model on small images.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     flag = argparse.BooleanOptionalAction
 

@@ -26,6 +26,14 @@ EXTRAS = {"datasets": "train", "torchmetrics": "eval", "gradio": "app"}
 GRID_COLUMNS = 32  # images of each class in the grid of `generate`
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something: not `None` and `False`."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line; each command's function is its default `run`."""
     parser = argparse.ArgumentParser(prog="pet-pipeline", description="Cats and dogs by diffusion.")
@@ -36,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="make images",
         description="Makes images of the model's classes, one PNG file each and a labelled grid of the first "
         "of each class.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     generate.add_argument(
         "--model",
@@ -96,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="tell the class of images",
         description="Tells which class each image is of, a line each. A file that is not an image is "
         "named, and the others are still classified.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     classify.add_argument(
         "images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them"
@@ -127,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="fit the weights of the classifier",
         description="Fits how much each noise level counts when images are classified, on training "
         "images that were held out, and keeps it in the model's folder.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     calibrate.add_argument("model", metavar="PATH", help="folder of a saved pipeline")
     add_reference_options(calibrate, "Hub id, local data set or image folder", required=True)
@@ -145,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measures how good a model's images are against a data set: Fréchet and kernel distance, "
         "precision and recall, class accuracy, memorisation, evaluations and speed. Prints a Markdown table; "
         "writes evaluation.json, the first images and the images closest to a copy.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     evaluate.add_argument(
         "model",
@@ -200,7 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
         "app",
         help="open a web page to make, compare and classify images",
         description="Serves a web page on this machine, to make and classify images and compare settings.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     app.add_argument(
         "--model",
@@ -228,7 +236,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="publish a model on the Hugging Face Hub",
         description="Publishes a saved pipeline in one commit: its code, configurations and weights, and its "
         "README.md, samples and evaluation where it has them; nothing else that lies in the folder.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     push.add_argument("folder", metavar="PATH", help="folder of a saved pipeline")
     push.add_argument("repo_id", metavar="REPO", help="USER/NAME, or NAME for the owner of the token")
