@@ -30,6 +30,7 @@ RUNS: dict[str, list[str]] = {
     "dit-lr-1e-3": [BASELINE, "dit", "--learning_rate", "1e-3"],
     "dit-p-mean-0.8": [BASELINE, "dit", "--p_mean", "-0.8"],
     "dit-adamw": [BASELINE, "dit", "--optimizer", "adamw"],
+    "dit-batch-32": [BASELINE, "dit", "--train_batch_size", "32"],
     "unet": [BASELINE, "unet", "--optimizer", "adamw", "--learning_rate", "2e-3"],
     "mse": [*OURS, "--loss", "mse"],
     "original-loss": [*OURS, "--loss", "original"],
@@ -51,6 +52,9 @@ RUNS: dict[str, list[str]] = {
     "patch-2": [*OURS, "--model_config", '{"patch_size": 2, "attention_head_dim": 32}'],
     "batch-32": [*OURS, "--train_batch_size", "32"],
     "batch-128": [*OURS, "--train_batch_size", "128"],
+    "ema-0.6": [*OURS, "--ema_power", "0.6"],
+    "ema-0.9": [*OURS, "--ema_power", "0.9"],
+    "no-ema": [*OURS, "--no-use_ema"],
 }
 COLUMNS = ["images", "minutes", "images/s", "MiB", "validation loss", "FD-EffLite0", "KID-EffLite0 ×10³"]
 
