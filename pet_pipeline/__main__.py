@@ -71,6 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="how the strength varies with the noise level",
     )
     generate.add_argument(
+        "--pag_scale",
+        type=float,
+        default=0.0,
+        help="strength of perturbed-attention guidance, for clearer shapes; 0 is none",
+    )
+    generate.add_argument(
         "--negative_class", metavar="NAME", help="class to steer away from, instead of from no class"
     )
     generate.add_argument(
@@ -197,6 +203,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="adaptive",
         help="how the guidance varies with the noise level",
     )
+    evaluate.add_argument(
+        "--pag_scale",
+        type=float,
+        default=0.0,
+        help="strength of perturbed-attention guidance, for clearer shapes; 0 is none",
+    )
     evaluate.add_argument("--scheduler", choices=SCHEDULERS, help="as saved if not given")
     evaluate.add_argument("--device", help="a GPU is taken where there is one")
     evaluate.add_argument("--seed", type=seed, default=0, help="of the first image; the next count up")
@@ -272,7 +284,8 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     defaults = parser.parse_args(["evaluate", "--reference", "any"])
     if args.classification:
         word = "with"
-        unused = ["steps", "guidance_scale", "guidance_schedule", "scheduler", "features", "floors"]
+        unused = ["steps", "guidance_scale", "guidance_schedule", "pag_scale", "scheduler"]
+        unused += ["features", "floors"]
     else:
         word, unused = "without", ["num_evaluations", "curve"]
     for name in unused:
@@ -330,6 +343,7 @@ def words_like(path: Path) -> list[str]:
         "steps",
         "guidance_scale",
         "guidance_schedule",
+        "pag_scale",
         "negative_class",
         "scheduler",
         "dtype",
@@ -438,6 +452,7 @@ def run_generate(args: argparse.Namespace) -> None:
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "guidance_schedule": args.guidance_schedule,
+        "pag_scale": args.pag_scale,
         "negative_class_labels": negative_ids or None,
     }
     digest = weights_digest(pipeline.transformer)
@@ -468,6 +483,7 @@ def run_generate(args: argparse.Namespace) -> None:
                 "steps": args.steps,
                 "guidance_scale": args.guidance_scale,
                 "guidance_schedule": args.guidance_schedule,
+                "pag_scale": args.pag_scale,
                 "negative_class": args.negative_class,
                 "scheduler": args.scheduler,
                 "dtype": args.dtype,
@@ -650,6 +666,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "guidance_schedule": args.guidance_schedule,
+        "pag_scale": args.pag_scale,
     }
     # Features and classes are judged on the CPU: the same numbers everywhere.
     record, generated = evaluate(

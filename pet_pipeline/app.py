@@ -34,7 +34,12 @@ from .pipeline_pet_classification import (
     PetClassificationOutput,
     PetClassificationPipeline,
 )
-from .pipeline_pet_diffusion import GUIDANCE_SCHEDULES, PetDiffusionPipeline, guidance_weight
+from .pipeline_pet_diffusion import (
+    GUIDANCE_INTERVAL,
+    GUIDANCE_SCHEDULES,
+    PetDiffusionPipeline,
+    guidance_weight,
+)
 from .schedulers import SCHEDULERS, scheduler_by_name
 from .visualization import (
     DenoisingRecorder,
@@ -110,6 +115,7 @@ class Settings:
         steps (`int`, defaults to 18): denoising steps.
         guidance_scale (`float`, defaults to 2.5), guidance_schedule (`str`, defaults to `"adaptive"`): see
             [`guidance_weight`].
+        pag_scale (`float`, defaults to 0.0): strength of the perturbed-attention guidance.
         negative_class (`str`, *optional*): class to steer away from, instead of from no class.
         scheduler (`str`, *optional*): see [`scheduler_by_name`].
     """
@@ -117,12 +123,19 @@ class Settings:
     steps: int = 18
     guidance_scale: float = 2.5
     guidance_schedule: str = "adaptive"
+    pag_scale: float = 0.0
     negative_class: str | None = None
     scheduler: str | None = None
 
     @classmethod
     def from_inputs(
-        cls, steps: float, guidance_scale: float, guidance_schedule: str, negative_class: str, scheduler: str
+        cls,
+        steps: float,
+        guidance_scale: float,
+        guidance_schedule: str,
+        pag_scale: float,
+        negative_class: str,
+        scheduler: str,
     ) -> "Settings":
         """Returns the settings that the values of [`settings_inputs`] stand for.
 
@@ -131,16 +144,20 @@ class Settings:
         """
         check_number("The number of steps", steps, 1, MAX_STEPS)
         check_number("The guidance scale", guidance_scale, 0, MAX_GUIDANCE)
+        check_number("The scale of perturbed attention", pag_scale, 0, MAX_GUIDANCE)
         return cls(
             int(steps),
             guidance_scale,
             guidance_schedule,
+            pag_scale,
             None if negative_class == NO_CLASS else negative_class,
             None if scheduler == AS_SAVED else scheduler,
         )
 
     def __str__(self) -> str:
         parts = [f"{self.steps} steps", f"guidance {self.guidance_scale:g} ({self.guidance_schedule})"]
+        if self.pag_scale != 0:
+            parts.append(f"perturbed attention {self.pag_scale:g}")
         if self.negative_class is not None:
             parts.append(f"away from {self.negative_class}")
         if self.scheduler is not None:
@@ -225,9 +242,11 @@ def guidance_weights(scheduler: Any, settings: Settings) -> tuple[list[float], l
     return sigmas, weights
 
 
-def num_evaluations(weights: list[float]) -> int:
-    """Returns how often the model is evaluated for an image: a guided step needs it twice."""
-    return sum(1 if weight == 1 else 2 for weight in weights)
+def num_evaluations(sigmas: list[float], weights: list[float], pag_scale: float) -> int:
+    """Returns how often the model is evaluated for an image: once more for each guidance of a step."""
+    low, high = GUIDANCE_INTERVAL
+    perturbed = sum(pag_scale != 0 and low <= sigma <= high for sigma in sigmas)
+    return len(weights) + sum(weight != 1 for weight in weights) + perturbed
 
 
 def check_number(name: str, value: float | None, low: float, high: float) -> None:
@@ -270,7 +289,7 @@ def sample(
     began = time.perf_counter()
     # Requests share the weights, but a scheduler keeps the state of a sampling.
     scheduler = scheduler_by_name(settings.scheduler, pipeline.scheduler)
-    _, weights = guidance_weights(scheduler, settings)
+    sigmas, weights = guidance_weights(scheduler, settings)
     # With names also for the classes that have none.
     id2label = dict(enumerate(class_names(pipeline)))
     pipe = PetDiffusionPipeline(pipeline.transformer, scheduler, id2label=id2label)
@@ -295,6 +314,7 @@ def sample(
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
         guidance_schedule=settings.guidance_schedule,
+        pag_scale=settings.pag_scale,
         negative_class_labels=settings.negative_class,
         num_images_per_prompt=number,
         generator=generators,
@@ -305,7 +325,7 @@ def sample(
     return samples(
         images,
         seconds=time.perf_counter() - began,
-        evaluations=num_evaluations(weights),
+        evaluations=num_evaluations(sigmas, weights, settings.pag_scale),
         strip=recorder.strip(pipe, range(0, len(images), number), names, scale=1),
     )
 
@@ -466,6 +486,7 @@ def samples_html(samples: Samples, model: dict[str, str] | None = None) -> str:
                     "steps": samples.settings.steps,
                     "guidance_scale": samples.settings.guidance_scale,
                     "guidance_schedule": samples.settings.guidance_schedule,
+                    "pag_scale": samples.settings.pag_scale,
                     "negative_class": samples.settings.negative_class,
                     "scheduler": samples.settings.scheduler,
                     **model,
@@ -564,6 +585,14 @@ def settings_inputs(names: list[str], settings: Settings) -> list[gr.components.
             info="1 is no guidance",
         ),
         gr.Dropdown(list(GUIDANCE_SCHEDULES), value=settings.guidance_schedule, label="Guidance schedule"),
+        slider(
+            0,
+            MAX_GUIDANCE,
+            settings.pag_scale,
+            step=0.1,
+            label="Perturbed attention",
+            info="0 is none; more makes clearer shapes",
+        ),
         gr.Dropdown([NO_CLASS, *names], value=NO_CLASS, label="Negative class", info="to steer away from"),
         gr.Dropdown([AS_SAVED, *SCHEDULERS], value=AS_SAVED, label="Scheduler"),
     ]
@@ -624,7 +653,8 @@ def build_app(
                 scheduler_by_name(settings.scheduler, pipeline.scheduler), settings
             )
         text = f"Strength of the guidance at each step, from {min(weights):.3g} to {max(weights):.3g}"
-        caption = f"{num_evaluations(weights)} evaluations of the model for each image"
+        evaluations = num_evaluations(sigmas, weights, settings.pag_scale)
+        caption = f"{evaluations} evaluations of the model for each image"
         figures = figures_html({caption: image_tag(guidance_figure(sigmas, weights), text)})
         return f'<div class="pet-figures">{figures}</div>'
 

@@ -610,6 +610,7 @@ def evaluation_section(record: dict[str, Any]) -> str:
         "num_inference_steps": "{} steps",
         "guidance_scale": "guidance {}",
         "guidance_schedule": "schedule `{}`",
+        "pag_scale": "perturbed attention {}",
         "scheduler": "scheduler `{}`",
     }
     drawn = [phrase.format(settings[name]) for name, phrase in phrases.items() if name in settings]

@@ -3,7 +3,9 @@ r"""PetDiffusionPipeline: class-conditional sampling with guidance that adapts t
 Classifier-free guidance is Ho and Salimans (2022). That it should act in a middle interval of noise levels is
 Kynkäänniemi et al. (2024), "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality
 in Diffusion Models"; that its strength should grow as noise falls is Wang et al. (2024), "Analysis of
-Classifier-Free Guidance Weight Schedulers".
+Classifier-Free Guidance Weight Schedulers". Perturbed-attention guidance, away from what the denoiser
+predicts when some of its blocks do not see the image as a whole, is Ahn et al. (2024), "Self-Rectifying
+Diffusion Sampling with Perturbed-Attention Guidance".
 
 This file travels inside every saved checkpoint: it imports PyTorch, diffusers and the standard library only.
 """
@@ -29,12 +31,13 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 
 
 logger = logging.get_logger(__name__)
 
 GUIDANCE_SCHEDULES = ("adaptive", "constant", "interval", "original")
+GUIDANCE_INTERVAL = (0.05, 5.0)
 
 # Multiplier of (guidance_scale - 1), linear in ln σ between these points: off while the composition forms,
 # standard while the class is decided, increased for its details, and off where only texture is left.
@@ -53,7 +56,7 @@ def guidance_weight(
     sigma: float,
     guidance_scale: float,
     guidance_schedule: str | Callable[[float], float] = "adaptive",
-    guidance_interval: tuple[float, float] = (0.05, 5.0),
+    guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
     progress: float = 0.0,
 ) -> float:
     r"""Returns w(σ) in D = D_null + w·(D_class - D_null); 1 means no guidance.
@@ -151,6 +154,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._guidance_scale = 1.0
+        self._pag_scale = 0.0
         self._guidance_schedule: str | Callable[[float], float] = "adaptive"
         self._num_timesteps = 0
         self._interrupt = False
@@ -266,6 +270,11 @@ class PetDiffusionPipeline(DiffusionPipeline):
         return self._guidance_scale
 
     @property
+    def pag_scale(self) -> float:
+        """Strength of the perturbed-attention guidance in the current call."""
+        return self._pag_scale
+
+    @property
     def num_timesteps(self) -> int:
         """Number of timesteps of the current call."""
         return self._num_timesteps
@@ -284,6 +293,12 @@ class PetDiffusionPipeline(DiffusionPipeline):
             or self._guidance_schedule == "original"
             or self._guidance_scale != 1
         )
+
+    def _can_be_perturbed(self) -> bool:
+        """Whether the model can make the worse prediction of perturbed-attention guidance."""
+        is_compiled = is_compiled_module(self.transformer)
+        model = self.transformer._orig_mod if is_compiled else self.transformer
+        return "perturbed_layers" in inspect.signature(model.forward).parameters
 
     def get_label_ids(self, class_labels: Any) -> list[int]:
         """Maps class names and ids, alone or in a list, nested or a tensor, to a flat list of class ids.
@@ -319,6 +334,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
         guidance_scale: float,
         guidance_schedule: str | Callable[[float], float],
         guidance_interval: tuple[float, float],
+        pag_scale: float,
         num_images_per_prompt: int,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
@@ -346,6 +362,14 @@ class PetDiffusionPipeline(DiffusionPipeline):
             )
         if not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` has to be finite, but is {guidance_scale}.")
+        if not math.isfinite(pag_scale):
+            raise ValueError(f"`pag_scale` has to be finite, but is {pag_scale}.")
+        if pag_scale != 0 and not self._can_be_perturbed():
+            raise ValueError(
+                "`pag_scale` needs a model whose `forward` takes `perturbed_layers`, as that of "
+                "`PetTransformer2DModel` does, but the model is of the class "
+                f"{type(self.transformer).__name__}."
+            )
         if not callable(guidance_schedule) and guidance_schedule not in GUIDANCE_SCHEDULES:
             guidance_weight(1.0, guidance_scale, guidance_schedule)  # raises
         low, high = guidance_interval
@@ -397,7 +421,9 @@ class PetDiffusionPipeline(DiffusionPipeline):
         sigmas: list[float] | torch.Tensor | None = None,
         guidance_scale: float = 2.5,
         guidance_schedule: str | Callable[[float], float] = "adaptive",
-        guidance_interval: tuple[float, float] = (0.05, 5.0),
+        guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
+        pag_scale: float = 0.0,
+        pag_applied_layers: list[int] | None = None,
         negative_class_labels: str | int | list | torch.Tensor | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -421,7 +447,12 @@ class PetDiffusionPipeline(DiffusionPipeline):
                 noise level σ: `"adaptive"`, `"constant"`, `"interval"`, `"original"`, or a function σ → w.
                 See [`guidance_weight`].
             guidance_interval (`tuple[float, float]`, defaults to `(0.05, 5.0)`): lowest and highest guided σ
-                of the schedule `"interval"`.
+                of the schedule `"interval"`, and of perturbed-attention guidance.
+            pag_scale (`float`, defaults to 0.0): strength s of perturbed-attention guidance (PAG), which adds
+                s·(D_class - D_perturbed) inside `guidance_interval`, for one more evaluation a step there:
+                shapes become clearer and surroundings plainer. At 0 there is none.
+            pag_applied_layers (`list[int]`, *optional*): blocks to perturb, counted from 0; if not given, the
+                one at 3/10 of the depth.
             negative_class_labels (like `class_labels`, *optional*): classes to steer away from, instead of
                 the null class; one, or one for each class label.
             num_images_per_prompt (`int`, defaults to 1): images for each class label.
@@ -459,12 +490,14 @@ class PetDiffusionPipeline(DiffusionPipeline):
             guidance_scale,
             guidance_schedule,
             guidance_interval,
+            pag_scale,
             num_images_per_prompt,
             output_type,
             callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale = guidance_scale
         self._guidance_schedule = guidance_schedule
+        self._pag_scale = pag_scale
         self._interrupt = False
         device = self._execution_device
         null_ids = [num_classes] if negative_ids is None else negative_ids
@@ -500,7 +533,16 @@ class PetDiffusionPipeline(DiffusionPipeline):
                         guidance_interval,
                         progress=i / len(timesteps),
                     )
-                    model_output = self._guided_output(model_input, timestep, labels, null_labels, weight)
+                    low, high = guidance_interval
+                    model_output = self._guided_output(
+                        model_input,
+                        timestep,
+                        labels,
+                        null_labels,
+                        weight,
+                        self._pag_scale if low <= sigma <= high else 0.0,
+                        pag_applied_layers,
+                    )
                 if callback_on_step_end is not None:
                     pred_original_sample = self.scheduler.precondition_outputs(latents, model_output, sigma)
                 latents = self.scheduler.step(
@@ -526,12 +568,12 @@ class PetDiffusionPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images)
 
     def _model_output(
-        self, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor
+        self, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """Runs the network on `(batch, channels, height, width)`; returns its raw output in float32."""
         timesteps = timestep.float().expand(len(model_input))
         output = self.transformer(
-            model_input.to(self.transformer.dtype), timesteps, labels, return_dict=False
+            model_input.to(self.transformer.dtype), timesteps, labels, **kwargs, return_dict=False
         )[0]
         return output.float()
 
@@ -542,13 +584,24 @@ class PetDiffusionPipeline(DiffusionPipeline):
         labels: torch.Tensor,
         null_labels: torch.Tensor,
         weight: float,
+        pag_weight: float,
+        pag_applied_layers: list[int] | None,
     ) -> torch.Tensor:
-        """Classifier-free guidance in one batch; the same for F as for D, which is affine in it."""
+        """Both kinds of guidance; they do the same to F as to D, which is affine in it."""
         if weight == 1:
-            return self._model_output(model_input, timestep, labels)
-        both = self._model_output(torch.cat([model_input] * 2), timestep, torch.cat([labels, null_labels]))
-        conditional, unconditional = both.chunk(2)
-        return unconditional + weight * (conditional - unconditional)
+            conditional = output = self._model_output(model_input, timestep, labels)
+        else:
+            both = self._model_output(
+                torch.cat([model_input] * 2), timestep, torch.cat([labels, null_labels])
+            )
+            conditional, unconditional = both.chunk(2)
+            output = unconditional + weight * (conditional - unconditional)
+        if pag_weight == 0:
+            return output
+        if pag_applied_layers is None:
+            pag_applied_layers = [3 * self.transformer.config.num_layers // 10]
+        perturbed = self._model_output(model_input, timestep, labels, perturbed_layers=pag_applied_layers)
+        return output + pag_weight * (conditional - perturbed)
 
     def _guider_output(
         self,

@@ -11,6 +11,7 @@ This file travels inside every saved checkpoint: it imports PyTorch, diffusers a
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -110,10 +111,17 @@ class PetAttention(nn.Module):
         self.conv_v = nn.Conv2d(inner_dim, inner_dim, 3, padding=1, groups=inner_dim)
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(dropout)])
 
-    def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Attends over `hidden_states` of shape `(batch, height * width, dim)`; returns the same shape."""
+    def forward(
+        self, hidden_states: torch.Tensor, height: int, width: int, perturbed: bool = False
+    ) -> torch.Tensor:
+        """Attends over `hidden_states` of shape `(batch, height * width, dim)`; returns the same shape.
+
+        `perturbed`: each token attends to itself alone, see [`PetTransformer2DModel.forward`].
+        """
         value = self.to_v(hidden_states)  # (N, T, H*D)
         local = grid_to_tokens(self.conv_v(tokens_to_grid(value, height, width)))
+        if perturbed:
+            return self.to_out[1](self.to_out[0](value + local))
         query, key, value = (
             x.unflatten(-1, (self.num_attention_heads, -1))  # (N, T, H, D)
             for x in (self.to_q(hidden_states), self.to_k(hidden_states), value)
@@ -220,6 +228,7 @@ class PetTransformerBlock(nn.Module):
         height: int,
         width: int,
         skip_states: torch.Tensor | None = None,
+        perturbed: bool = False,
     ) -> torch.Tensor:
         """Maps `(batch, height * width, dim)` to the same shape, given `(batch, dim)` of conditioning."""
         if skip_states is not None:
@@ -227,7 +236,7 @@ class PetTransformerBlock(nn.Module):
         modulation = self.modulation(F.silu(conditioning)).unsqueeze(1)  # (N, 1, 6D)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
         attn_input = self.norm1(hidden_states) * (1 + scale_attn) + shift_attn
-        hidden_states = hidden_states + gate_attn * self.attn(attn_input, height, width)
+        hidden_states = hidden_states + gate_attn * self.attn(attn_input, height, width, perturbed)
         ff_input = self.norm2(hidden_states) * (1 + scale_ff) + shift_ff
         return hidden_states + gate_ff * self.ff(ff_input, height, width)
 
@@ -648,6 +657,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         hidden_states: torch.Tensor,
         timestep: torch.Tensor | float,
         class_labels: torch.Tensor | None = None,
+        perturbed_layers: Sequence[int] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         r"""Predicts the EDM network output $F_\theta$.
@@ -659,13 +669,17 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 float32.
             class_labels (`torch.Tensor` of shape `(batch,)` or scalar, *optional*): integers in
                 [0, num_classes]; `num_classes`, or `None`, is the null class.
+            perturbed_layers (`list[int]`, *optional*): blocks, counted from 0, whose attention map is
+                replaced by the identity, so that they do not see the image as a whole: the worse prediction
+                of perturbed-attention guidance (Ahn et al. 2024, arXiv:2403.17377, section 4).
             return_dict (`bool`, defaults to `True`): return a `Transformer2DModelOutput` instead of a tuple.
 
         Returns:
             `Transformer2DModelOutput` or `tuple`: `sample` of shape `(batch, in_channels, height, width)`.
 
         Raises:
-            ValueError: if the image does not have the model's channels or is not a whole number of patches.
+            ValueError: if the image does not have the model's channels or is not a whole number of patches,
+                or a perturbed layer is not there.
         """
         batch, channels, image_height, image_width = hidden_states.shape
         patch_size = self.config.patch_size
@@ -702,15 +716,22 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         positions = self.position_embedding(height, width, hidden_states.device)
         hidden_states = hidden_states + positions.to(hidden_states.dtype)
         num_layers = len(self.transformer_blocks)
+        perturbed_layers = perturbed_layers or ()
+        if not set(perturbed_layers) <= set(range(num_layers)):
+            raise ValueError(
+                f"`perturbed_layers` has to be in [0, {num_layers - 1}], but is {list(perturbed_layers)}."
+            )
         skips: list[torch.Tensor] = []
         for index, block in enumerate(self.transformer_blocks):
             skip_states = skips.pop() if block.skip_proj is not None else None
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, conditioning, height, width, skip_states
+                    block, hidden_states, conditioning, height, width, skip_states, index in perturbed_layers
                 )
             else:
-                hidden_states = block(hidden_states, conditioning, height, width, skip_states)
+                hidden_states = block(
+                    hidden_states, conditioning, height, width, skip_states, index in perturbed_layers
+                )
             if self.config.long_skips and index < num_layers // 2:
                 skips.append(hidden_states)
 

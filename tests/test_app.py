@@ -50,7 +50,7 @@ def test_a_downloaded_image_can_be_made_again(pipeline, tmp_path):
     # With churn, which draws from the generators after the starting noise.
     pipeline.scheduler = AdaptiveEDMScheduler(solver="euler", s_churn=10.0)
     pipeline.save_pretrained(tmp_path / "model")
-    settings = app.Settings(4, 2.5, "constant", negative_class="dog")
+    settings = app.Settings(4, 2.5, "constant", 0.5, negative_class="dog")
     samples = app.sample(pipeline, ["cat"], 3, 5, settings)
     links = re.findall(
         r'href="([^"]*)" download="([^"]*)"', app.samples_html(samples, app.model_settings(pipeline))
@@ -70,7 +70,7 @@ def test_evaluations_are_counted_as_the_model_sees_them(pipeline, scheduler):
     pipeline.transformer.register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
     for schedule in GUIDANCE_SCHEDULES:
         seen.clear()
-        settings = app.Settings(6, 2.0, schedule, scheduler=scheduler)
+        settings = app.Settings(6, 2.0, schedule, pag_scale=0.5, scheduler=scheduler)
         assert sum(seen) == 0
         samples = app.sample(pipeline, ["cat", "dog"], 2, 0, settings)
         assert samples.evaluations * 4 == sum(seen)
@@ -128,12 +128,12 @@ def test_what_is_out_of_bounds_is_refused(pipeline, request_, message):
 
 def test_too_many_steps_are_refused():
     with pytest.raises(ValueError, match="guidance scale has to be from 0 to 8, but is 9"):
-        app.Settings.from_inputs(18, 9, "adaptive", app.NO_CLASS, app.AS_SAVED)
+        app.Settings.from_inputs(18, 9, "adaptive", 0, app.NO_CLASS, app.AS_SAVED)
     for steps in (0, 101, None):
         with pytest.raises(ValueError, match="steps has to be from 1 to 100"):
-            app.Settings.from_inputs(steps, 2.5, "adaptive", app.NO_CLASS, app.AS_SAVED)
-    settings = app.Settings.from_inputs(7, 2.5, "adaptive", app.NO_CLASS, app.AS_SAVED)
-    assert settings == app.Settings(7)
+            app.Settings.from_inputs(steps, 2.5, "adaptive", 0, app.NO_CLASS, app.AS_SAVED)
+    settings = app.Settings.from_inputs(7, 2.5, "adaptive", 0.5, app.NO_CLASS, app.AS_SAVED)
+    assert settings == app.Settings(7, pag_scale=0.5)
 
 
 def test_work_that_nobody_waits_for_ends():
@@ -407,7 +407,7 @@ def test_the_model_serves_one_request_at_a_time(pipeline):
         nonlocal running
         running -= 1
 
-    settings = [4, 1.0, "constant", app.NO_CLASS, app.AS_SAVED]
+    settings = [4, 1.0, "constant", 0.0, app.NO_CLASS, app.AS_SAVED]
     with app.serve(pipeline) as url:
         pipeline.transformer.register_forward_pre_hook(enter)
         pipeline.transformer.register_forward_hook(leave)
@@ -420,7 +420,7 @@ def test_the_model_serves_one_request_at_a_time(pipeline):
 
 @pytest.mark.parametrize("steps", [None, 1000])
 def test_an_emptied_field_leaves_nothing_in_the_log(pipeline, capfd, steps):
-    values = [steps, 2.5, "adaptive", app.NO_CLASS, app.AS_SAVED]
+    values = [steps, 2.5, "adaptive", 0.0, app.NO_CLASS, app.AS_SAVED]
     with app.serve(pipeline) as url:
         answer = httpx.post(url + "gradio_api/run/draw_guidance", json={"data": values})
     assert answer.status_code == 500 or "error" in answer.text

@@ -28,10 +28,11 @@ def test_defaults_and_choices_are_the_same_everywhere():
     # The command line, the page and the training know them without importing the pipelines.
     parser = build_parser()
     call = inspect.signature(PetDiffusionPipeline.__call__).parameters
-    defaults = [call[name].default for name in ("num_inference_steps", "guidance_scale", "guidance_schedule")]
+    names = ("num_inference_steps", "guidance_scale", "guidance_schedule", "pag_scale")
+    defaults = [call[name].default for name in names]
     for words in (["generate"], ["evaluate", "--reference", "data"]):
         args = parser.parse_args(words)
-        assert [args.steps, args.guidance_scale, args.guidance_schedule] == defaults
+        assert [args.steps, args.guidance_scale, args.guidance_schedule, args.pag_scale] == defaults
     assert app.Settings() == app.Settings(*defaults)
     evaluations = inspect.signature(PetClassificationPipeline.__call__).parameters["num_evaluations"].default
     for words in (
@@ -100,6 +101,7 @@ def test_generate_draws_in_batches(pipeline, tmp_path, monkeypatch):
 def test_an_image_keeps_its_settings(saved, tmp_path, capsys):
     words = ["generate", "--model", saved, "--num_samples", "2", "--steps", "3", "--seed", "5"]
     words += ["--guidance_schedule", "constant", "--guidance_scale", "3", "--negative_class", "cat"]
+    words += ["--pag_scale", "0.5"]
     main([*words, "--scheduler", "heun", "--class", "dog", "--out", str(tmp_path / "first")])
     like = ["generate", "--model", saved, "--like", str(tmp_path / "first" / "dog-6.png"), "--out"]
     assert main([*like, str(tmp_path / "second")]) == 0
@@ -190,10 +192,12 @@ def test_the_words_reach_the_pipeline(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(PetDiffusionPipeline, "__call__", watch)
     words = ["generate", "--model", saved, "--num_samples", "1", "--steps", "3", "--scheduler", "heun"]
     words += ["--guidance_scale", "1.25", "--guidance_schedule", "interval", "--negative_class", "dog"]
+    words += ["--pag_scale", "0.75"]
     assert main([*words, "--dtype", "bfloat16", "--class", "cat", "--out", str(tmp_path / "out")]) == 0
     ((solver, dtype, settings),) = seen
     assert solver == "heun" and dtype == torch.bfloat16
     assert settings["guidance_scale"] == 1.25 and settings["guidance_schedule"] == "interval"
+    assert settings["pag_scale"] == 0.75
     assert settings["num_inference_steps"] == 3 and settings["negative_class_labels"] == [1]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import random_model
 from diffusers import DDPMScheduler, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
 from oracles import EmpiricalDenoiser, GaussianDenoiser
 
@@ -183,6 +184,58 @@ def test_the_interval_is_that_of_the_call():
     assert inside > 0 and model.images == 18 + inside
 
 
+class PerturbedDenoiser(GaussianDenoiser):
+    """Perturbed, it forgets the class."""
+
+    @register_to_config
+    def __init__(self, num_layers: int = 10):
+        super().__init__()
+        self.register_to_config(std=0.3, num_classes=2, in_channels=3, sample_size=8)
+        self.perturbed = []
+
+    def forward(self, hidden_states, timestep, class_labels=None, perturbed_layers=None, return_dict=True):
+        self.perturbed.append(perturbed_layers)
+        if perturbed_layers is not None:
+            class_labels = torch.full_like(class_labels, 2)
+        return super().forward(hidden_states, timestep, class_labels, return_dict)
+
+
+def test_perturbed_attention_guidance_follows_its_formula():
+    model = PerturbedDenoiser()
+    pipe = oracle_pipeline(model)
+    settings = {"guidance_interval": (0.0, 100.0), "output_type": "latent"}
+    plain = pipe("dog", 20, guidance_scale=1.0, generator=generators(0), **settings).images
+    assert model.perturbed == [None] * 20 and pipe.pag_scale == 0
+    # A model that forgets the class makes of it what classifier-free guidance is, and the two add up.
+    settings["pag_scale"] = 1.0
+    guided = pipe("dog", 20, guidance_scale=1.0, generator=generators(0), **settings).images
+    torch.testing.assert_close(guided, plain + 0.5, rtol=0, atol=2e-3)
+    assert model.perturbed[20:] == [None, [3]] * 20 and pipe.pag_scale == 1
+    settings |= {"guidance_schedule": "constant", "pag_applied_layers": [0, 9]}
+    both = pipe("dog", 20, guidance_scale=2.0, generator=generators(0), **settings).images
+    torch.testing.assert_close(both, plain + 1.0, rtol=0, atol=4e-3)
+    assert model.perturbed[60:] == [None, [0, 9]] * 20
+    # It acts in the interval alone.
+    model.perturbed.clear()
+    pipe("dog", 18, guidance_scale=1.0, pag_scale=1.0)
+    inside = sum(0.05 <= sigma <= 5 for sigma in pipe.scheduler.sigmas[:-1].tolist())
+    assert 0 < inside < 18 and len(model.perturbed) == 18 + inside
+    with pytest.raises(ValueError, match="`pag_scale` needs a model .* of the class GaussianDenoiser"):
+        oracle_pipeline(GaussianDenoiser())("dog", pag_scale=1.0)
+
+
+def test_perturbed_attention_guidance_of_our_model(pipeline):
+    def draw(**kwargs):
+        return pipeline("cat", 4, generator=generators(0), output_type="latent", **kwargs).images
+
+    plain, guided = draw(), draw(pag_scale=1.0)
+    assert not torch.equal(plain, guided)
+    pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+    assert torch.equal(draw(pag_scale=1.0), guided)
+    with pytest.raises(ValueError, match="`perturbed_layers` has to be in .0, 1., but is .2."):
+        draw(pag_scale=1.0, pag_applied_layers=[2])
+
+
 def test_a_callback_may_change_the_guidance():
     model = GaussianDenoiser()
     pipe = oracle_pipeline(model)
@@ -358,6 +411,7 @@ def test_from_pipe_shares_components(pipeline):
         ({"num_inference_steps": -5}, "`num_inference_steps`"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` has to be finite"),
         ({"guidance_scale": float("inf")}, "`guidance_scale` has to be finite"),
+        ({"pag_scale": float("nan")}, "`pag_scale` has to be finite"),
         ({"guidance_schedule": "linear"}, "choose one of adaptive, constant, interval, original"),
         ({"guidance_interval": (3.0, 1.0)}, "`guidance_interval`"),
         ({"num_images_per_prompt": 0}, "`num_images_per_prompt`"),

@@ -19,6 +19,33 @@ from pet_pipeline.transformer_pet import (
 VARIANCES = [*torch.logspace(1, -5, 47).tolist(), 0.0]
 
 
+def test_a_perturbed_layer_sees_only_what_is_near():
+    model = random_model(num_layers=1, decoder_layers=0, patch_size=1)
+    images = torch.randn(1, 3, 8, 8)
+    other = images.clone()
+    other[..., 0, 0] += 1
+    for perturbed_layers, sees_all in (([], True), ([0], False)):
+        change = (
+            (model(images, 0.0, perturbed_layers=perturbed_layers).sample)
+            - (model(other, 0.0, perturbed_layers=perturbed_layers).sample)
+        ).abs()
+        # Two convolutions of 3×3 reach two tokens far.
+        assert change[..., :3, :3].amin() > 0
+        assert (change[..., 3:, :].amin() > 0) == (change[..., :, 3:].amin() > 0) == sees_all
+        assert sees_all or change[..., 3:, :].amax() == change[..., :, 3:].amax() == 0
+
+
+def test_a_lone_token_attends_to_itself_in_any_case():
+    model = random_model(attention_type="softmax", sample_size=4)
+    image = torch.randn(1, 3, 4, 4)
+    torch.testing.assert_close(
+        model(image, 0.0, perturbed_layers=[0, 1]).sample, model(image, 0.0).sample, rtol=1e-4, atol=1e-5
+    )
+    for layers in ([2], [-1], [0, 5]):
+        with pytest.raises(ValueError, match="`perturbed_layers` has to be in .0, 1."):
+            model(image, 0.0, perturbed_layers=layers)
+
+
 def test_presets_are_of_the_stated_size():
     small = PetTransformer2DModel.from_preset("small", num_classes=2)
     assert 4e6 <= small.num_parameters() <= 8e6

@@ -26,7 +26,7 @@ from pet_pipeline.evaluation import (
 from pet_pipeline.metrics import EfficientNetLite0Features
 
 
-NONE = {"guidance_scale": 1.0}
+NONE = {"guidance_scale": 1.0, "pag_scale": 0.0}
 # Settings of the pipeline's call, and those of its scheduler.
 SWEEPS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "guidance": [
@@ -37,6 +37,10 @@ SWEEPS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
             for scale in (1.5, 2.5, 4.0)
         ),
         ({"guidance_scale": 1.5, "guidance_schedule": "original"}, {}),
+    ],
+    "pag": [
+        ({"guidance_scale": scale, "pag_scale": pag_scale}, {})
+        for scale, pag_scale in ((2.5, 0.25), (2.5, 0.5), (2.5, 1.0), (1.0, 0.5), (1.0, 1.0))
     ],
     "steps": [
         ({"num_inference_steps": steps} | guidance, {"sigma_schedule": grid})
@@ -70,6 +74,7 @@ class AutoguidedPipeline(PetDiffusionPipeline):
         labels: torch.Tensor,
         null_labels: torch.Tensor,
         weight: float,
+        *_: Any,
     ) -> torch.Tensor:
         good = self._model_output(model_input, timestep, labels)
         if weight == 1:
