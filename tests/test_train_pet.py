@@ -139,10 +139,9 @@ def test_a_run_validates_the_weights_that_it_saves_on_images_held_out(finished_r
     assert metrics(finished_run)[-1]["validation/loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(image_folder, tmp_path, accumulation, capsys):
-    # 8 steps, of 1 or 2 micro-steps, cross the ends of epochs (36 images, 4 batches each).
-    options = {"gradient_accumulation_steps": accumulation, "max_train_steps": 8, "checkpointing_steps": 3}
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(image_folder, tmp_path, capsys):
+    # 8 steps cross the ends of epochs (36 images, 4 batches each).
+    options = {"max_train_steps": 8, "checkpointing_steps": 3}
     options["model_config"] = json.dumps({**TINY, "dropout": 0.2})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(image_folder, whole, checkpoints_total_limit=5, **options)
@@ -518,12 +517,6 @@ def test_a_checkpoint_of_another_configuration_is_refused(finished_run, image_fo
         train(image_folder, tmp_path / "out", model_config=wider, **resume)
     with pytest.raises(ValueError, match="of another configuration"):
         train(image_folder, tmp_path / "out", optimizer="adamw", **resume)
-
-
-def test_an_output_folder_that_cannot_be_written(image_folder, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="file"):
-        train(image_folder, tmp_path / "file" / "out", cache_dir=tmp_path / "cache")
 
 
 def test_a_run_resumed_in_another_precision_says_so(finished_run, image_folder, tmp_path):
