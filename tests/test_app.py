@@ -224,6 +224,20 @@ def test_a_classification_that_is_out_of_bounds_is_refused(pipeline, request_, m
         app.classify(PetClassificationPipeline.from_pipe(pipeline), Image.new("RGB", (8, 8)), *request_)
 
 
+def test_the_page_classifies_with_the_calibration_of_the_model(pipeline, monkeypatch):
+    made, kind = [], app.PetClassificationPipeline
+
+    def make(*args, **kwargs):
+        made.append(kind(*args, **kwargs))
+        return made[0]
+
+    monkeypatch.setattr(app, "PetClassificationPipeline", make)
+    calibration = {"weights": [1.0] * 8}
+    pipeline.register_to_config(calibration=calibration)
+    app.build_app(pipeline)
+    assert made[0].config.calibration == calibration
+
+
 # Uploads and HTML
 
 

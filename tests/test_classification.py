@@ -84,7 +84,7 @@ def test_measures():
     assert calibration_error(confidences, hits) == pytest.approx(0.4)
 
 
-def test_the_classifier_is_measured():
+def test_the_classifier_is_measured(monkeypatch):
     dataset = gaussian_dataset(60)
     pipe = gaussian_classifier()
     errors = class_errors(pipe, dataset, 8)
@@ -93,17 +93,39 @@ def test_the_classifier_is_measured():
     torch.testing.assert_close(tail.errors, errors.errors[50:])
     drawn = pipe.draw_sigmas(16, "calibrated", torch.Generator().manual_seed(3))
     torch.testing.assert_close(drawn.sort().values[draw_order(pipe, 16, 3)], drawn)
-    measures, probabilities = evaluate_classification(pipe, dataset, 8)
+    seeds, call = [], PetClassificationPipeline.__call__
+
+    def watched_call(self, *args, **kwargs):
+        seeds.append(kwargs["generator"].initial_seed())
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(PetClassificationPipeline, "__call__", watched_call)
+    measures, probabilities = evaluate_classification(pipe, dataset, 8, seed=5)
+    assert seeds == [6, 7]  # noise of their own for every 50 images
     assert probabilities.shape == (60, 2) and measures["evaluations_per_image"] == 16
     assert measures["accuracy"] > 0.6
     points = accuracy_curve(pipe, dataset, 16)
     assert points[-1]["accuracy"] > 0.6
     assert {p["num_evaluations"] for p in points} == {2, 4, 8, 16}
-    calibrated = gaussian_classifier(calibration={"weights": [1.0] * NUM_BANDS})
-    assert {p["weighting"] for p in accuracy_curve(calibrated, dataset.subset(torch.arange(4)), 4)} == {
-        "calibrated",
-        "uncalibrated",
-    }
+
+
+def test_a_point_of_the_curve_is_what_the_classifier_finds_with_so_many_evaluations(model):
+    # Grey from black to white: the random model's choice changes with the grey and the noise level.
+    images = torch.linspace(0, 255, 40).byte().view(40, 1, 1, 1).repeat(1, 3, 8, 8)
+    dataset = ImageDataset(images, (torch.arange(40) < 17).long(), ["0", "1"])
+    plain, calibrated = (
+        PetClassificationPipeline(model, AdaptiveEDMScheduler(), calibration=calibration)
+        for calibration in (None, {"weights": [1.0] * 4 + [-1.0] * 4})
+    )
+    points = accuracy_curve(calibrated, dataset, 8, seed=2)
+    assert [point["weighting"] for point in points] == ["calibrated"] * 3 + ["uncalibrated"] * 3
+    assert len({point["accuracy"] for point in points}) > 4
+    for point in points:
+        pipe = calibrated if point["weighting"] == "calibrated" else plain
+        generator = torch.Generator().manual_seed(2)
+        found = pipe(images, point["num_evaluations"], adaptive=False, generator=generator).labels
+        hits = torch.tensor([int(label) for label in found]) == dataset.labels
+        assert point["accuracy"] == pytest.approx(hits.float().mean().item())
 
 
 def test_figures_are_drawn():
@@ -147,6 +169,20 @@ def test_classify_names_bad_files_and_classifies_the_others(saved, image_folder,
     ):
         assert main(["classify", *words, "--model", saved]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_the_words_reach_the_classifier(saved, tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    seen, call = [], PetClassificationPipeline.__call__
+
+    def watched_call(self, *args, **kwargs):
+        seen.append((kwargs["num_evaluations"], kwargs["weighting"], kwargs["generator"].initial_seed()))
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(PetClassificationPipeline, "__call__", watched_call)
+    words = ["classify", str(tmp_path / "a.png"), "--model", saved, "--num_evaluations", "4"]
+    assert main([*words, "--weighting", "elbo", "--seed", "5"]) == 0
+    assert seen == [(4, "elbo", 5)]
 
 
 def test_calibrate_keeps_weights_and_evaluate_uses_them(saved, image_folder, tmp_path, capsys):

@@ -14,6 +14,7 @@ from pet_pipeline.evaluation import (
     balanced_subset,
     class_accuracy,
     evaluate,
+    floors,
     generate_images,
     load_classifier,
     load_reference,
@@ -21,7 +22,7 @@ from pet_pipeline.evaluation import (
     neighbor_grid,
 )
 from pet_pipeline.hub import markdown_table
-from pet_pipeline.metrics import FEATURE_EXTRACTORS
+from pet_pipeline.metrics import FEATURE_EXTRACTORS, validation_loss
 
 
 class Pixels(nn.Module):
@@ -99,6 +100,9 @@ def test_a_perfect_denoiser_is_measured_better_than_a_wrong_one():
     assert good["floors"]["mean colours of images"]["fd_pixels"] > good_measures["fd_pixels"]
     assert good_measures["memorization_ratio"] == 0
     assert good_measures["validation_loss"] < bad["measures"]["validation_loss"]
+    held_out = reference.validation.subset(torch.arange(20))
+    errors = validation_loss(GaussianDenoiser(0.3), AdaptiveEDMScheduler(), held_out).values()
+    assert good_measures["validation_loss"] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
     assert "class_accuracy" not in good_measures  # the bundled classifier does not know these classes
     assert json.loads(json.dumps(good)) == good
     table = markdown_table(good, "perfect").splitlines()
@@ -114,6 +118,13 @@ def test_held_out_images_are_not_compared_with_themselves():
     settings = {"num_images": 20, "num_inference_steps": 2, "validation_images": 0, "with_floors": True}
     record, _ = evaluate(gaussian_pipeline(), held_out, Pixels(), **settings)
     assert set(record["floors"]) == {"other training images", "mean colours of images"}
+
+
+def test_training_images_are_compared_with_others():
+    found = floors(gaussian_reference(60), 20, Pixels())
+    # Each is a copy, but not of an image that it is compared with.
+    assert found["other training images"]["memorization_ratio"] == 1
+    assert found["other training images"]["fd_pixels"] > 0.3 * found["unseen images"]["fd_pixels"] > 0
 
 
 def test_classes_of_unequal_size_limit_the_number():
@@ -135,6 +146,11 @@ def test_copies_are_found():
     generated = generate_images(pipe, 16, num_inference_steps=20, guidance_scale=1.0)
     measures = measure_images(generated.images, generated.labels, reference, Pixels())
     assert measures["memorization_ratio"] == 1 and measures["nearest_distance"] < 0.01
+    # The most suspicious image is shown first.
+    copy = generated.images[:1]
+    both = torch.cat([images_of([0.0], 3, seed=3), copy, images_of([0.0], 2, seed=4)])
+    first = neighbor_grid(both, reference, num_images=1)
+    assert first.tobytes() == neighbor_grid(copy, reference, num_images=1).tobytes()
 
 
 def test_class_accuracy_counts_hits():

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -29,9 +30,16 @@ def dtypes(device: str) -> list[torch.dtype]:
     return [torch.float32, torch.bfloat16] + ([torch.float16] if device == "cuda" else [])
 
 
-@pytest.mark.parametrize("preset", [None, pytest.param("small", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("size", [16, 32, 64])
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
+IN_CI = [(None, 16, 1), (None, 32, 7), (None, 64, 64)]
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "batch_size"),
+    [
+        pytest.param(*case, marks=[] if case in IN_CI else pytest.mark.slow)
+        for case in product((None, "small"), (16, 32, 64), (1, 7, 64))
+    ],
+)
 @pytest.mark.parametrize("device", DEVICES)
 def test_sampling_and_training_stay_finite(preset, size, batch_size, device):
     # In CI a tiny model, else the one that the training script makes.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_model
 from diffusers import EDMEulerScheduler, SchedulerMixin
 
 from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
@@ -47,6 +48,18 @@ def run(code: str, tmp_path: Path, with_package: bool) -> subprocess.CompletedPr
     )
 
 
+@pytest.fixture(scope="module")
+def saved_again(tmp_path_factory) -> tuple[Path, str]:
+    """A folder that a process without this package saved, from one like `saved`, and what it printed."""
+    folder = tmp_path_factory.mktemp("generic")
+    pipeline = PetDiffusionPipeline(random_model(), AdaptiveEDMScheduler(), id2label={0: "cat", 1: "dog"})
+    pipeline.save_pretrained(folder / "model")
+    code = GENERIC.format(str(folder / "model")) + DRAW
+    result = run(code + f"pipe.save_pretrained({str(folder / 'again')!r})\n", folder, with_package=False)
+    assert result.returncode == 0, result.stderr
+    return folder / "again", result.stdout
+
+
 @pytest.fixture
 def saved(pipeline, tmp_path) -> Path:
     pipeline.save_pretrained(tmp_path / "model")
@@ -75,19 +88,17 @@ def test_a_saved_folder_has_weights_code_and_json_only(saved):
     assert index["transformer"] == ["transformer_pet", "PetTransformer2DModel"]
 
 
-def test_without_the_package(saved, pipeline, tmp_path):
+def test_without_the_package(saved_again, pipeline, tmp_path):
     # Loads, draws, saves again; the second folder is as good as the first.
-    code = GENERIC.format(str(saved)) + DRAW + f"pipe.save_pretrained({str(tmp_path / 'again')!r})\n"
-    first = run(code, tmp_path, with_package=False)
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.startswith("diffusers_modules.") and "pet_pipeline" not in first.stdout
-    second = run(GENERIC.format(str(tmp_path / "again")) + DRAW, tmp_path, with_package=False)
+    folder, first = saved_again
+    assert first.startswith("diffusers_modules.") and "pet_pipeline" not in first
+    second = run(GENERIC.format(str(folder)) + DRAW, tmp_path, with_package=False)
     assert second.returncode == 0, second.stderr
-    for result in (first, second):
-        assert float(result.stdout.split()[-1]) == pytest.approx(image_sum(pipeline), rel=1e-5)
+    for output in (first, second.stdout):
+        assert float(output.split()[-1]) == pytest.approx(image_sum(pipeline), rel=1e-5)
 
 
-def test_classification_without_the_package(saved, pipeline, tmp_path):
+def test_classification_without_the_package(saved, saved_again, pipeline, tmp_path):
     code = """
 from diffusers import DiffusionPipeline
 import torch
@@ -105,9 +116,7 @@ pipe.save_pretrained({!r})
         torch.linspace(0, 1, 192).view(3, 8, 8), 8, generator=torch.Generator().manual_seed(0)
     )
     # Again from what the generic pipelines saved: a drawing and a classifying one.
-    again = GENERIC.format(str(saved)) + f"pipe.save_pretrained({str(tmp_path / 'again')!r})\n"
-    assert run(again, tmp_path, with_package=False).returncode == 0
-    for folder in (saved, tmp_path / "again"):
+    for folder in (saved, saved_again[0]):
         result = run(code.format(str(folder), str(tmp_path / "third")), tmp_path, with_package=False)
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith("diffusers_modules.") and "PetClassificationPipeline" in result.stdout

@@ -1,8 +1,17 @@
+import math
+
 import pytest
 import torch
 
 from pet_pipeline import BalancedAdaptiveLoss
-from pet_pipeline.losses import PRESETS, TERMS, image_derivatives, original_weights
+from pet_pipeline.losses import (
+    PRESETS,
+    TERMS,
+    image_derivatives,
+    original_terms,
+    original_weights,
+    output_terms,
+)
 
 
 def random_batch(size=6, seed=0):
@@ -18,16 +27,36 @@ def random_batch(size=6, seed=0):
 
 
 def test_every_quadratic_term_is_one_on_white_noise():
-    batch = random_batch(64)
+    batch = random_batch(400)
     batch["model_output"] = batch["target"] + torch.randn(
-        64, 3, 16, 16, generator=torch.Generator().manual_seed(9)
+        400, 3, 16, 16, generator=torch.Generator().manual_seed(9)
     )
     terms = BalancedAdaptiveLoss()(**batch).terms
     print({name: round(term.item(), 3) for name, term in terms.items()})
-    assert terms["mse"].item() == pytest.approx(1, abs=0.02)
-    # Reflected borders see some pixels twice.
-    assert terms["high_frequency"].item() == pytest.approx(1, abs=0.06)
-    assert terms["edge"].item() == pytest.approx(1, abs=0.15)
+    assert terms["mse"].item() == pytest.approx(1, abs=0.01)
+    # The kernels' energies are 20 and 24; reflected borders see some pixels twice, which at 16×16 makes them
+    # 20.5 and 21.875.
+    assert terms["high_frequency"].item() == pytest.approx(20.5 / 20, abs=0.02)
+    assert terms["edge"].item() == pytest.approx(21.875 / 24, abs=0.02)
+
+
+def test_terms_of_known_errors():
+    batch = random_batch()
+    target, images = batch["target"], batch["original_samples"]
+    terms = output_terms(-target, target, 0.1)
+    torch.testing.assert_close(terms["cosine"], torch.full((6,), 2.0))
+    torch.testing.assert_close(terms["mse"], 4 * target.square().mean((1, 2, 3)))
+    torch.testing.assert_close(terms["l1"], ((4 * target.square() + 0.01).sqrt() - 0.1).mean((1, 2, 3)))
+    terms = original_terms(images + 0.3, images)
+    torch.testing.assert_close(terms["l1"], torch.full((6,), 0.3))
+    torch.testing.assert_close(terms["mse"], torch.full((6,), 0.09))
+    # On grey a checkerboard of ±0.3 has Laplacians of ±8·0.3, and a ramp of 0.1 a Sobel derivative of 0.8,
+    # but at its two reflected borders.
+    columns = torch.arange(16)
+    grey, ramp = torch.zeros(1, 3, 16, 16), (0.1 * columns).expand(1, 3, 16, 16)
+    board = (0.3 - 0.6 * ((columns + columns[:, None]) % 2)).expand(1, 3, 16, 16)
+    assert original_terms(board, grey)["high_frequency"].item() == pytest.approx(2.4, rel=1e-5)
+    assert original_terms(ramp, grey)["edge"].item() == pytest.approx(0.8 * 14 / 16, abs=2e-3)
 
 
 def test_derivatives_of_known_images():
@@ -88,6 +117,7 @@ def test_importance_weights_and_learned_weighting_enter_the_objective():
     result.loss.backward()
     assert loss_function.logvar.weight.grad.abs().max() > 0
     assert set(result.terms) == set(TERMS)
+    torch.testing.assert_close(result.terms["mse"], (weights * errors).mean())
 
 
 def test_learned_weighting_settles_at_the_log_of_the_loss():
@@ -110,6 +140,17 @@ def test_original_weights_as_the_original_script_has_them():
     assert weights["mse"][2].item() == pytest.approx(0.2, abs=1e-2)
     assert weights["high_frequency"][2].item() == pytest.approx(0.2, abs=1e-2)
     torch.testing.assert_close(total, torch.tensor([1.0, 1.0, 1.05]), rtol=0, atol=1e-2)
+    # Between the ends: p = 1 - σ = 0.6.
+    late = 1 / (1 + math.exp(-10 * (0.6 - 0.5)))
+    expected = {
+        "mse": 0.3 - 0.1 * late,
+        "l1": 0.25 + 0.05 * late,
+        "cosine": 0.2 - 0.05 * late,
+        "high_frequency": 0.12 + 0.08 * late,
+        "edge": 0.13 + 0.07 * late,
+    }
+    between = {name: weight.item() for name, weight in original_weights(torch.tensor([0.4])).items()}
+    assert between == pytest.approx(expected, rel=1e-5)
 
 
 def test_unknown_preset_is_refused():

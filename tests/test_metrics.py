@@ -7,6 +7,8 @@ from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
 from pet_pipeline.data import ImageDataset
 from pet_pipeline.metrics import (
     VALIDATION_SIGMAS,
+    EfficientNetLite0Features,
+    NearestNeighbors,
     frechet_distance,
     image_features,
     kernel_distance,
@@ -53,6 +55,9 @@ def test_nearest_neighbors_see_mirrored_copies_and_merge_duplicates():
     assert neighbors.distances[:2].tolist() == pytest.approx([0, 0.02], abs=1e-3)
     assert (neighbors.second_distances > 0.4).all()
     assert neighbors.memorization_ratio() == pytest.approx(2 / 3)
+    # Under a third of the second distance.
+    near = NearestNeighbors(torch.arange(2), torch.tensor([0.32, 0.35]), torch.ones(2))
+    assert near.memorization_ratio() == 0.5
 
 
 def test_an_empirical_denoiser_memorizes_and_new_images_do_not():
@@ -104,6 +109,18 @@ def test_precision_sees_outliers_and_recall_missing_modes():
     assert precision == pytest.approx(0.5, abs=0.1) and recall > 0.8
     with pytest.raises(ValueError, match="more than 3 images"):
         precision_recall(both[:3], one)
+
+
+def test_efficientnet_sees_images_as_in_its_training(monkeypatch):
+    extractor, seen = EfficientNetLite0Features(), []
+    extract = extractor.network.extract_features
+    monkeypatch.setattr(extractor.network, "extract_features", lambda x: seen.append(x) or extract(x))
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    assert image_features(images, extractor).shape == (2, 1280)
+    assert seen[0].shape == (2, 3, 224, 224)
+    expected = torch.tensor([-127 / 128, 1.0]).view(2, 1, 1, 1).expand_as(seen[0])
+    torch.testing.assert_close(seen[0], expected)
+    assert not any(module.training for module in extractor.modules())
 
 
 def test_features_are_cached_by_pixels(tmp_path, monkeypatch):

@@ -17,14 +17,20 @@ from pet_pipeline.optimization import (
 
 def test_every_parameter_has_one_optimizer():
     model, loss = random_model(), BalancedAdaptiveLoss()
-    optimizer = create_optimizer(model, loss)
-    stepped = [p for group in optimizer.param_groups for p in group["params"]]
-    assert len(stepped) == len({id(p) for p in stepped})
-    assert {id(p) for p in stepped} == {id(p) for module in (model, loss) for p in module.parameters()}
-    assert all(p.ndim == 2 for p in optimizer.muon.param_groups[0]["params"])
-    optimizer = create_optimizer(model, loss, muon_learning_rate=0.5, learning_rate=0.25)
-    assert [group["lr"] for group in optimizer.muon.param_groups] == [0.5]
-    assert [group["lr"] for group in optimizer.adamw.param_groups] == [0.25]
+    settings = {"muon_learning_rate": 0.5, "learning_rate": 0.25, "weight_decay": 0.125}
+    settings |= {"betas": (0.5, 0.75), "eps": 1e-5}
+    optimizers = {name: create_optimizer(model, loss, name, **settings) for name in ("adamw", "muon")}
+    for optimizer in optimizers.values():
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        assert len(stepped) == len({id(p) for p in stepped})
+        assert {id(p) for p in stepped} == {id(p) for module in (model, loss) for p in module.parameters()}
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.125}
+    both = optimizers["muon"]
+    assert all(p.ndim == 2 for p in both.muon.param_groups[0]["params"])
+    assert [group["lr"] for group in both.muon.param_groups] == [0.5]
+    for adamw in (both.adamw, optimizers["adamw"]):
+        (group,) = adamw.param_groups
+        assert (group["lr"], group["betas"], group["eps"]) == (0.25, (0.5, 0.75), 1e-5)
     with pytest.raises(ValueError, match="muon, adamw"):
         create_optimizer(model, loss, "sgd")
 

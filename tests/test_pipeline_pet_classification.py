@@ -1,5 +1,6 @@
 import inspect
 import math
+import warnings
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from pet_pipeline.pipeline_pet_classification import (
     NUM_BANDS,
     still_possible,
     stopping_bounds,
+    t_statistic,
     van_der_corput,
 )
 
@@ -89,19 +91,35 @@ def test_swapped_classes_swap_the_answer():
 
 
 def test_an_answer_is_repeatable_and_does_not_depend_on_its_batch(model):
-    pipe = PetClassificationPipeline(model, AdaptiveEDMScheduler(), id2label={0: "cat", 1: "dog"})
+    pipe = PetClassificationPipeline(
+        model,
+        AdaptiveEDMScheduler(),
+        id2label={0: "cat", 1: "dog"},
+        calibration={"weights": [300.0] * NUM_BANDS},  # answers between sure and unsure
+    )
     pipe.set_progress_bar_config(disable=True)
-    images = gaussian_images(5)
+    images = torch.linspace(0, 1, 8).view(8, 1, 1, 1).repeat(1, 3, 8, 8)
 
-    def classify(part, **kwargs):
-        return pipe(part, 8, generator=torch.Generator().manual_seed(3), **kwargs).probabilities
+    def classify(part, num_evaluations=32, **kwargs):
+        return pipe(part, num_evaluations, generator=torch.Generator().manual_seed(3), **kwargs)
 
     together = classify(images)
-    alone = [classify(image)[0] for image in images]
-    few_at_once = classify(images, batch_size=3)
-    for other in (alone, few_at_once, classify(list(images))):
-        for a, b in zip(together, other):
-            assert a["cat"] == pytest.approx(b["cat"], abs=1e-4)
+    # Some are stopped, each when it would be alone.
+    evaluations = together.num_evaluations
+    assert min(evaluations) < max(evaluations) == 64
+    alone = [classify(image) for image in images]
+    assert [output.num_evaluations for output in alone] == [[number] for number in evaluations]
+    # What was stopped has the answer of a run that ends there.
+    ended = [classify(image, number // 2, adaptive=False) for image, number in zip(images, evaluations)]
+    few_at_once = classify(images, batch_size=7).probabilities
+    for other in (
+        [output.probabilities[0] for output in alone],
+        [output.probabilities[0] for output in ended],
+        few_at_once,
+        classify(list(images)).probabilities,
+    ):
+        for a, b in zip(together.probabilities, other):
+            assert a["cat"] == pytest.approx(b["cat"], abs=1e-4) and 0.001 < a["cat"] < 0.999
 
 
 def test_easy_images_stop_early_and_hard_ones_do_not():
@@ -136,7 +154,28 @@ def test_early_stopping_keeps_its_error_rate():
     assert stopping_bounds((4, 8, 16))[0] > stopping_bounds((4, 8, 16))[1] and stopping_bounds((16,)) == ()
 
 
-def test_many_classes_are_given_up_in_stages():
+def test_draws_are_tested_in_the_order_of_their_noise(monkeypatch):
+    # A change with the noise level is no scatter: to its plain variance this would be t = 6.
+    assert t_statistic(torch.linspace(0, 2, 16)) > 20
+    pipe = gaussian_pipeline(calibration={"weights": [1.0] * NUM_BANDS})
+    tested = []
+
+    def watched(weighted_errors, *args):
+        tested.append(weighted_errors)
+        return still_possible(weighted_errors, *args)
+
+    monkeypatch.setattr(pipeline_pet_classification, "still_possible", watched)
+    image = gaussian_images(1, 0.01)
+    pipe(image, 16, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    (evidence,) = pipe(image, 16, generator=generator, return_evidence=True).evidence
+    drawn = pipe.draw_sigmas(8, "calibrated", torch.Generator().manual_seed(1))
+    first = torch.isin(evidence.sigmas, drawn[:4])  # of ascending noise levels
+    assert first.sum() == 4 and not torch.equal(drawn[:4], drawn[:4].sort().values)
+    torch.testing.assert_close(tested[0][0], evidence.errors[:, first])
+
+
+def test_many_classes():
     class FourMeans(GaussianDenoiser):
         def mean(self, class_labels):
             means = torch.tensor([-0.6, -0.2, 0.2, 0.6, 0.0], dtype=torch.float64)
@@ -148,9 +187,33 @@ def test_many_classes_are_given_up_in_stages():
     assert output.labels == ["2"] * 6
     assert all(len(p) == 4 and sum(p.values()) == pytest.approx(1, abs=1e-5) for p in output.probabilities)
     assert max(output.num_evaluations) < 4 * 64
-    # A class given up early is less probable than one that had to be looked at for longer.
-    for probabilities in output.probabilities:
-        assert probabilities["0"] <= probabilities["1"] + 1e-6 <= probabilities["2"]
+
+
+def test_classes_are_given_up_in_stages():
+    # Class 2 is the best, the others are worse by ever less.
+    pipe = PetClassificationPipeline(
+        GaussianDenoiser(num_classes=4),
+        AdaptiveEDMScheduler(),
+        calibration={"weights": [1.0] * NUM_BANDS},
+    )
+    pipe.set_progress_bar_config(disable=True)
+    errors = torch.tensor([[4.0], [1.6], [1.0], [1.1]])
+    errors = errors + 0.3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    draws = [0] * 4
+
+    def pixel_errors(pixels, noise, sigmas, rows):
+        for _, label, draw in rows.tolist():
+            draws[label] = draw + 1
+        return errors[rows[:, 1], rows[:, 2]].view(-1, 1, 1).expand(-1, 8, 8)
+
+    pipe.pixel_errors = pixel_errors
+    output = pipe(gaussian_images(1), num_evaluations=64, generator=torch.Generator().manual_seed(0))
+    assert draws[0] < draws[1] < draws[2] == draws[3] == 32
+    assert output.labels == ["2"] and output.num_evaluations == [2 * sum(draws)]
+    # Each is compared with the best one on the draws that it has had.
+    scores = [-(errors[label] - errors[2])[:count].mean() for label, count in enumerate(draws)]
+    expected = torch.stack(scores).softmax(0).tolist()
+    assert list(output.probabilities[0].values()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_levels_are_stratified_at_every_look():
@@ -172,6 +235,12 @@ def test_calibration_weights_are_used_and_checked():
     for calibration in ({"weights": [1.0]}, {"weights": [math.nan] * NUM_BANDS}, {}, [1.0] * NUM_BANDS):
         with pytest.raises(ValueError, match="`calibration` has to hold `weights`"):
             gaussian_pipeline(calibration=calibration)
+    with pytest.warns(UserWarning, match="not calibrated"):
+        gaussian_pipeline()(images, 2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not calibrated")
+        gaussian_pipeline(calibration={"weights": [1.0] * NUM_BANDS})(images, 2)
+        gaussian_pipeline()(images, 2, weighting="elbo")
 
 
 def test_each_band_has_its_weight():
@@ -198,8 +267,14 @@ def test_velocity_models_are_classified_alike():
 def test_evidence_shows_where_and_at_which_noise():
     images = torch.full((1, 3, 8, 8), 0.5)
     images[..., 4:] = 0.75  # right half: exactly the mean of "bright"; left half: undecided
-    output = gaussian_pipeline()(images, num_evaluations=64, adaptive=False, return_evidence=True)
+    calibration = {"weights": [0.25 * (index + 1) for index in range(NUM_BANDS)]}
+    output = gaussian_pipeline(calibration=calibration)(images, num_evaluations=64, return_evidence=True)
     evidence = output.evidence[0]
+    # Nothing is stopped early, and the map adds up to the answer.
+    assert output.num_evaluations == [128] and evidence.errors.isfinite().all()
+    ((dark, bright),) = (p.values() for p in output.probabilities)
+    assert 0.6 < bright < 0.999
+    assert evidence.difference.mean().item() == pytest.approx(math.log(bright / dark), rel=1e-3)
     assert evidence.labels == ("bright", "dark") and output.labels == ["bright"]
     assert evidence.difference.shape == (8, 8) and evidence.errors.shape == (2, 32)
     assert evidence.sigmas.diff().min() >= 0
@@ -243,6 +318,19 @@ def test_images_of_every_kind(tmp_path, pipeline):
     output = pipe(images, num_evaluations=2)
     assert len(output.labels) == 11 and set(output.labels) <= {"cat", "dog"}
     assert pipe(images[0], num_evaluations=2, return_dict=False)[0] == output.labels[:1]
+
+
+def test_images_are_cropped_at_their_centre(pipeline):
+    pipe = PetClassificationPipeline.from_pipe(pipeline)
+    for turn in (0, 1):
+        wide = torch.zeros(3, 8, 24, dtype=torch.uint8)
+        wide[0] = 255  # red, but for a blue square in the middle
+        wide[:, :, 8:16] = torch.tensor([0, 0, 255], dtype=torch.uint8).view(3, 1, 1)
+        wide = wide.transpose(1, 2) if turn else wide
+        picture = Image.fromarray(wide.permute(1, 2, 0).numpy())
+        blue = torch.tensor([-1.0, -1.0, 1.0]).view(3, 1, 1).expand(3, 8, 8)
+        for image in (wide, picture):
+            torch.testing.assert_close(pipe.prepare_image(image, "it"), blue)
 
 
 @pytest.mark.parametrize(

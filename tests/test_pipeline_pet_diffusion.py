@@ -161,6 +161,9 @@ def test_guidance_follows_its_formula():
     # Against the other class instead of the null class the push is twice as large.
     against = pipe("dog", 20, negative_class_labels="cat", generator=generators(0), **settings).images
     torch.testing.assert_close(against, plain + 1.0, rtol=0, atol=4e-3)
+    pipe.guider = ClassifierFreeGuidance(guidance_scale=2.0)
+    against = pipe("dog", 20, negative_class_labels="cat", generator=generators(0), output_type="latent")
+    torch.testing.assert_close(against.images, plain + 1.0, rtol=0, atol=4e-3)
 
 
 def test_images_are_in_the_order_of_their_labels():
@@ -326,8 +329,11 @@ def test_interrupt_skips_the_rest(pipeline):
     assert steps == [0, 1] and pipeline.interrupt
     calls = []
     pipeline.transformer.register_forward_hook(lambda *args: calls.append(None))
-    pipeline("cat", num_inference_steps=6)  # the next call is not interrupted
+    # The next call is not interrupted, and knows nothing of the one that was.
+    images = pipeline("cat", 6, generator=generators(0), output_type="latent").images
     assert len(calls) == 6
+    pipeline.scheduler = AdaptiveEDMScheduler()
+    assert torch.equal(pipeline("cat", 6, generator=generators(0), output_type="latent").images, images)
 
 
 def test_latents_and_other_sizes(pipeline):
@@ -376,6 +382,14 @@ def test_guiders_of_diffusers(pipeline):
     pipeline.guider = ClassifierFreeGuidance(guidance_scale=2.5)
     guided = pipeline("cat", generator=generators(0), **settings)
     torch.testing.assert_close(guided.images, constant.images, rtol=1e-3, atol=1e-4)
+    # A guider knows the step it is asked for.
+    pipeline.guider = ClassifierFreeGuidance(guidance_scale=2.5, stop=0.5)
+    stopped = pipeline("cat", generator=generators(0), **settings)
+    pipeline.guider = None
+    weights = iter([2.5] * 3 + [1.0] * 3)
+    expected = pipeline("cat", guidance_schedule=lambda _: next(weights), generator=generators(0), **settings)
+    torch.testing.assert_close(stopped.images, expected.images, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(stopped.images, guided.images, rtol=1e-2, atol=1e-2)
     pipeline.guider = AdaptiveProjectedGuidance(guidance_scale=2.5)
     projected = pipeline("cat", generator=generators(0), **settings)
     assert projected.images.isfinite().all() and not torch.equal(projected.images, guided.images)

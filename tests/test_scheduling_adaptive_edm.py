@@ -178,6 +178,13 @@ def test_fixed_draw_follows_the_truncated_log_normal():
     assert logs.std().item() == pytest.approx(1.2, abs=0.01)
     assert torch.equal(draw.weights, torch.ones(100_000))
     assert draw.sigmas.min() >= 0.002 and draw.sigmas.max() <= 80
+    # Truncated, not clamped: what lies outside is not heaped up at the ends.
+    scheduler = AdaptiveEDMScheduler(adaptive=False, sigma_min=0.1, sigma_max=1.0)
+    sigmas = scheduler.sample_training_sigmas(10_000, torch.Generator().manual_seed(0)).sigmas
+    proposal = torch.distributions.Normal(-1.6, 1.4)
+    median = proposal.icdf(proposal.cdf(torch.tensor([0.1, 1.0]).log()).mean()).exp()
+    assert len(sigmas.unique()) > 9000
+    assert sigmas.median().item() == pytest.approx(median.item(), rel=1e-3)
 
 
 def adapted_scheduler(loss, adaptive=True):
@@ -210,6 +217,16 @@ def test_adaptive_draw_is_unbiased_and_lowers_the_variance():
     assert abs(means[True] - means[False]) < 3 * error
     assert deviations[True] ** 2 < 0.5 * deviations[False] ** 2
 
+    # A batch is stratified: each bin has its share of it, but for the strata that its ends cut.
+    draw = scheduler.sample_training_sigmas(1000, torch.Generator().manual_seed(0))
+    proposal = torch.distributions.Normal(-1.6, 1.4)
+    low, high = proposal.cdf(torch.tensor([0.002, 80.0]).log())
+    bins = ((proposal.cdf(draw.sigmas.log()) - low) / (high - low) * 32).long()
+    probabilities = scheduler.bin_probabilities
+    assert probabilities.max() > 1.5 * probabilities.min()
+    assert (bins.bincount(minlength=32) - 1000 * probabilities).abs().max() < 2
+    torch.testing.assert_close(draw.weights, 1 / (32 * probabilities[bins]))
+
 
 def test_adaptive_probabilities_have_their_formula():
     # p ∝ q/2 + q/2·√E[L²]/mean, with the mean of the others where nothing was seen.
@@ -222,6 +239,13 @@ def test_adaptive_probabilities_have_their_formula():
     )
     roots = torch.tensor([3.0, 2.0, 2.0, 1.0])  # of mean squares 9, 4 and 1
     torch.testing.assert_close(scheduler.bin_probabilities, (1 + roots / 2) / 8)
+
+    # Both running sums forget at the same rate.
+    scheduler = AdaptiveEDMScheduler(num_bins=1, adaptive_decay=0.5)
+    for loss in (4.0, 2.0):
+        scheduler.update_training_losses(torch.ones(1), torch.tensor([loss]))
+    state = scheduler.state_dict()
+    assert state["bin_square_sums"].tolist() == [0.5 * 4**2 + 2**2] and state["bin_counts"].tolist() == [1.5]
 
     scheduler = adapted_scheduler(lambda sigmas: torch.where(sigmas < 0.3, 3.0, 1.0))
     probabilities = scheduler.bin_probabilities
@@ -237,12 +261,13 @@ def test_adaptive_probabilities_have_their_formula():
 
 def test_churn_acts_between_its_bounds():
     plain = AdaptiveEDMScheduler(solver="euler")
-    churned = AdaptiveEDMScheduler(solver="euler", s_churn=4.5, s_tmin=0.05, s_tmax=5.0)
-    for scheduler in (plain, churned):
-        scheduler.set_timesteps(18)
+    plain.set_timesteps(18)
     inside = (plain.sigmas >= 0.05) & (plain.sigmas <= 5)
     assert 3 < inside.sum() < 15
-    torch.testing.assert_close(churned.sigmas, torch.where(inside, plain.sigmas * 1.25, plain.sigmas))
+    for s_churn, factor in ((4.5, 1.25), (1e3, 2**0.5)):  # 1 + s_churn / 18, at most √2
+        churned = AdaptiveEDMScheduler(solver="euler", s_churn=s_churn, s_tmin=0.05, s_tmax=5.0)
+        churned.set_timesteps(18)
+        torch.testing.assert_close(churned.sigmas, torch.where(inside, plain.sigmas * factor, plain.sigmas))
 
 
 def test_churn_noise_has_its_scale():

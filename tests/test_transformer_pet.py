@@ -192,7 +192,8 @@ def test_positions_tell_rows_from_columns():
 
 def test_layers_are_not_shared():
     model = PetTransformer2DModel(**TINY)
-    pointers = [p.data_ptr() for p in model.parameters()]
+    assert len({id(block) for block in model.transformer_blocks}) == len(model.transformer_blocks) > 1
+    pointers = [p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False)]
     assert len(set(pointers)) == len(pointers)
 
 
