@@ -73,8 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--pag_scale",
         type=float,
-        default=0.0,
-        help="strength of perturbed-attention guidance, for clearer shapes; 0 is none",
+        help="strength of perturbed-attention guidance, for clearer shapes; 0 is none, and what suits the "
+        "model is saved with it",
     )
     generate.add_argument(
         "--negative_class", metavar="NAME", help="class to steer away from, instead of from no class"
@@ -206,8 +206,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--pag_scale",
         type=float,
-        default=0.0,
-        help="strength of perturbed-attention guidance, for clearer shapes; 0 is none",
+        help="strength of perturbed-attention guidance, for clearer shapes; 0 is none, and what suits the "
+        "model is saved with it",
     )
     evaluate.add_argument("--scheduler", choices=SCHEDULERS, help="as saved if not given")
     evaluate.add_argument("--device", help="a GPU is taken where there is one")
@@ -335,7 +335,7 @@ def words_like(path: Path) -> list[str]:
     from .image_metadata import image_settings
     from .pipeline_pet_diffusion import MAX_LABEL_LENGTH
 
-    settings = image_settings(path)
+    settings = {"pag_scale": 0.0, **image_settings(path)}  # images from before it was there
     words = ["--num_samples=1"]
     for name in (
         "class",
@@ -448,11 +448,12 @@ def run_generate(args: argparse.Namespace) -> None:
         )
         for list_of_names in (names, [args.negative_class] if args.negative_class else [])
     )
+    pag_scale = pipeline.config.pag_scale if args.pag_scale is None else args.pag_scale
     settings = {
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "guidance_schedule": args.guidance_schedule,
-        "pag_scale": args.pag_scale,
+        "pag_scale": pag_scale,
         "negative_class_labels": negative_ids or None,
     }
     digest = weights_digest(pipeline.transformer)
@@ -483,7 +484,7 @@ def run_generate(args: argparse.Namespace) -> None:
                 "steps": args.steps,
                 "guidance_scale": args.guidance_scale,
                 "guidance_schedule": args.guidance_schedule,
-                "pag_scale": args.pag_scale,
+                "pag_scale": pag_scale,
                 "negative_class": args.negative_class,
                 "scheduler": args.scheduler,
                 "dtype": args.dtype,
@@ -666,7 +667,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "guidance_schedule": args.guidance_schedule,
-        "pag_scale": args.pag_scale,
+        "pag_scale": pipeline.config.pag_scale if args.pag_scale is None else args.pag_scale,
     }
     # Features and classes are judged on the CPU: the same numbers everywhere.
     record, generated = evaluate(

@@ -635,6 +635,7 @@ def build_app(
             "replace; save it without."
         )
     names = class_names(pipeline)
+    suited = Settings(pag_scale=pipeline.config.pag_scale)
     model = model_settings(pipeline)
     # Not `from_pipe`, whose cast to the precision that it has already is warned of.
     classifier = PetClassificationPipeline(
@@ -763,7 +764,7 @@ def build_app(
         with gr.Tab("Generate"), gr.Row():
             with gr.Column(scale=2, min_width=300):
                 request = request_inputs(names)
-                settings = settings_inputs(names, Settings())
+                settings = settings_inputs(names, suited)
                 curve = gr.HTML(draw_guidance(*(item.value for item in settings)), label="Guidance")
                 with gr.Row():
                     start, cancel = gr.Button("Generate", variant="primary"), gr.Button("Cancel")
@@ -786,10 +787,10 @@ def build_app(
                     request = request_inputs(names)
                 with gr.Column(min_width=250):
                     gr.Markdown("### A")
-                    first = settings_inputs(names, Settings(guidance_scale=1.0))
+                    first = settings_inputs(names, replace(suited, guidance_scale=1.0))
                 with gr.Column(min_width=250):
                     gr.Markdown("### B")
-                    second = settings_inputs(names, Settings(guidance_scale=3.0))
+                    second = settings_inputs(names, replace(suited, guidance_scale=3.0))
             with gr.Row():
                 two = gr.Button("Compare A and B", variant="primary")
                 steps = gr.Button("Compare 5, 10, 20 and 40 steps of A")

@@ -125,6 +125,7 @@ class PetClassificationPipeline(DiffusionPipeline):
         id2label (`dict`, *optional*): class names by id, for example `{0: "cat", 1: "dog"}`.
         calibration (`dict`, *optional*): the weight of each band of noise levels, `{"weights": [...]}`, as
             `pet-pipeline calibrate` finds them.
+        pag_scale (`float`, defaults to 0.0): kept for [`PetDiffusionPipeline`]; not used here.
     """
 
     model_cpu_offload_seq = "transformer"
@@ -137,6 +138,7 @@ class PetClassificationPipeline(DiffusionPipeline):
         guider: BaseGuidance | None = None,
         id2label: dict | None = None,
         calibration: dict | None = None,
+        pag_scale: float = 0.0,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, guider=guider)
@@ -145,7 +147,9 @@ class PetClassificationPipeline(DiffusionPipeline):
         if calibration is not None:
             check_calibration(calibration)
         self.register_to_config(
-            id2label={str(key): name for key, name in self.id2label.items()}, calibration=calibration
+            id2label={str(key): name for key, name in self.id2label.items()},
+            calibration=calibration,
+            pag_scale=pag_scale,
         )
 
     # What follows up to `from_pipe` is copied from PetDiffusionPipeline, as either file has to stand alone; a

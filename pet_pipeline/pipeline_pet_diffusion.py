@@ -131,6 +131,8 @@ class PetDiffusionPipeline(DiffusionPipeline):
             `guidance_schedule`. It is given denoised images.
         id2label (`dict`, *optional*): class names by id, for example `{0: "cat", 1: "dog"}`.
         calibration (`dict`, *optional*): kept for [`PetClassificationPipeline`]; not used here.
+        pag_scale (`float`, defaults to 0.0): strength of perturbed-attention guidance where a call gives
+            none: what suits the model.
     """
 
     model_cpu_offload_seq = "transformer"
@@ -144,13 +146,17 @@ class PetDiffusionPipeline(DiffusionPipeline):
         guider: BaseGuidance | None = None,
         id2label: dict | None = None,
         calibration: dict | None = None,
+        pag_scale: float = 0.0,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, guider=guider)
         num_classes = transformer.config.num_classes
         self.id2label = check_labels(id2label, num_classes)
+        check_pag_scale(pag_scale)
         self.register_to_config(
-            id2label={str(key): name for key, name in self.id2label.items()}, calibration=calibration
+            id2label={str(key): name for key, name in self.id2label.items()},
+            calibration=calibration,
+            pag_scale=pag_scale,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._guidance_scale = 1.0
@@ -362,8 +368,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
             )
         if not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` has to be finite, but is {guidance_scale}.")
-        if not math.isfinite(pag_scale):
-            raise ValueError(f"`pag_scale` has to be finite, but is {pag_scale}.")
+        check_pag_scale(pag_scale)
         if pag_scale != 0 and not self._can_be_perturbed():
             raise ValueError(
                 "`pag_scale` needs a model whose `forward` takes `perturbed_layers`, as that of "
@@ -422,7 +427,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
         guidance_scale: float = 2.5,
         guidance_schedule: str | Callable[[float], float] = "adaptive",
         guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
-        pag_scale: float = 0.0,
+        pag_scale: float | None = None,
         pag_applied_layers: list[int] | None = None,
         negative_class_labels: str | int | list | torch.Tensor | None = None,
         num_images_per_prompt: int = 1,
@@ -448,9 +453,10 @@ class PetDiffusionPipeline(DiffusionPipeline):
                 See [`guidance_weight`].
             guidance_interval (`tuple[float, float]`, defaults to `(0.05, 5.0)`): lowest and highest guided σ
                 of the schedule `"interval"`, and of perturbed-attention guidance.
-            pag_scale (`float`, defaults to 0.0): strength s of perturbed-attention guidance (PAG), which adds
+            pag_scale (`float`, *optional*): strength s of perturbed-attention guidance (PAG), which adds
                 s·(D_class - D_perturbed) inside `guidance_interval`, for one more evaluation a step there:
-                shapes become clearer and surroundings plainer. At 0 there is none.
+                shapes become clearer and surroundings plainer. At 0 there is none; if not given, it is that
+                of the pipeline's config.
             pag_applied_layers (`list[int]`, *optional*): blocks to perturb, counted from 0; if not given, the
                 one at 3/10 of the depth.
             negative_class_labels (like `class_labels`, *optional*): classes to steer away from, instead of
@@ -481,6 +487,8 @@ class PetDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Inputs
+        if pag_scale is None:
+            pag_scale = self.config.pag_scale if self.guider is None else 0.0
         num_classes = self.transformer.config.num_classes
         label_ids = list(range(num_classes)) if class_labels is None else self.get_label_ids(class_labels)
         negative_ids = None if negative_class_labels is None else self.get_label_ids(negative_class_labels)
@@ -626,6 +634,12 @@ class PetDiffusionPipeline(DiffusionPipeline):
         # D = c_skip·x + c_out·F is inverted with the scheduler's own formula at F = 0 and F = 1.
         offset = precondition(torch.zeros_like(latents))
         return (denoised - offset) / (precondition(torch.ones_like(latents)) - offset)
+
+
+def check_pag_scale(pag_scale: float) -> None:
+    """Raises `ValueError` if the strength of perturbed-attention guidance is not a finite number."""
+    if isinstance(pag_scale, bool) or not isinstance(pag_scale, (int, float)) or not math.isfinite(pag_scale):
+        raise ValueError(f"`pag_scale` has to be a finite number, but is {pag_scale!r}.")
 
 
 def check_labels(id2label: dict | None, num_classes: int) -> dict[int, str]:

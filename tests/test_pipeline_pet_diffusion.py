@@ -10,7 +10,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
 from oracles import EmpiricalDenoiser, GaussianDenoiser
 
-from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, guidance_weight
+from pet_pipeline import (
+    AdaptiveEDMScheduler,
+    PetClassificationPipeline,
+    PetDiffusionPipeline,
+    guidance_weight,
+)
 
 
 def generators(*seeds):
@@ -239,6 +244,23 @@ def test_perturbed_attention_guidance_of_our_model(pipeline):
         draw(pag_scale=1.0, pag_applied_layers=[2])
 
 
+def test_the_perturbed_attention_guidance_that_suits_a_model_is_saved_with_it(pipeline, tmp_path):
+    def draw(pipe, **kwargs):
+        return pipe("cat", 4, generator=generators(0), output_type="latent", **kwargs).images
+
+    pipeline.register_to_config(pag_scale=0.75)
+    PetClassificationPipeline.from_pipe(pipeline).save_pretrained(tmp_path)
+    suited = PetDiffusionPipeline.from_pretrained(tmp_path)
+    assert torch.equal(draw(suited), draw(pipeline, pag_scale=0.75)) and suited.pag_scale == 0.75
+    pipeline.register_to_config(pag_scale=0.0)
+    assert torch.equal(draw(suited, pag_scale=0.0), draw(pipeline))
+    suited.guider = ClassifierFreeGuidance(guidance_scale=1.0)  # in place of any other
+    torch.testing.assert_close(draw(suited), draw(pipeline, guidance_scale=1.0), rtol=1e-4, atol=1e-5)
+    for value in (float("inf"), "1", None, True):
+        with pytest.raises(ValueError, match="`pag_scale` has to be a finite number"):
+            PetDiffusionPipeline(pipeline.transformer, pipeline.scheduler, pag_scale=value)
+
+
 def test_a_callback_may_change_the_guidance():
     model = GaussianDenoiser()
     pipe = oracle_pipeline(model)
@@ -425,7 +447,7 @@ def test_from_pipe_shares_components(pipeline):
         ({"num_inference_steps": -5}, "`num_inference_steps`"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` has to be finite"),
         ({"guidance_scale": float("inf")}, "`guidance_scale` has to be finite"),
-        ({"pag_scale": float("nan")}, "`pag_scale` has to be finite"),
+        ({"pag_scale": float("nan")}, "`pag_scale` has to be a finite number"),
         ({"guidance_schedule": "linear"}, "choose one of adaptive, constant, interval, original"),
         ({"guidance_interval": (3.0, 1.0)}, "`guidance_interval`"),
         ({"num_images_per_prompt": 0}, "`num_images_per_prompt`"),

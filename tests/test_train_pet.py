@@ -277,8 +277,8 @@ def test_the_loop_uses_its_options(image_folder, tmp_path, monkeypatch):
         drawn.append(draw(*args, **kwargs))
         return drawn[-1]
 
-    def watched_forward(self, hidden_states, timestep, class_labels=None, return_dict=True):
-        output = forward(self, hidden_states, timestep, class_labels, return_dict)
+    def watched_forward(self, hidden_states, timestep, class_labels=None, **kwargs):
+        output = forward(self, hidden_states, timestep, class_labels, **kwargs)
         if self.training:
             assert self.gradient_checkpointing
             evaluated.append((hidden_states, timestep, class_labels, output[0].detach()))

@@ -159,7 +159,9 @@ def measure_sampling() -> None:
         for guidance_scale in (1.0, 2.5):
             # The fastest of three batches of 8: single batches differ by a tenth and more.
             runs = [
-                generate_images(pipeline, 8, num_inference_steps=steps, guidance_scale=guidance_scale)
+                generate_images(
+                    pipeline, 8, num_inference_steps=steps, guidance_scale=guidance_scale, pag_scale=0.0
+                )
                 for _ in range(3)
             ]
             seconds.append(min(run.seconds for run in runs))
