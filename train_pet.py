@@ -66,6 +66,7 @@ from pet_pipeline.hub import (
 from pet_pipeline.losses import PRESETS as LOSS_PRESETS
 from pet_pipeline.metrics import validation_loss
 from pet_pipeline.optimization import create_optimizer, learning_rate_factor
+from pet_pipeline.pipeline_pet_diffusion import check_labels
 from pet_pipeline.transformer_pet import PRESETS as MODEL_PRESETS
 from pet_pipeline.transformer_pet import frequency_variances
 from pet_pipeline.visualization import denoising_strip, loss_curves, sample_grid, step_comparison
@@ -77,6 +78,7 @@ MODEL_CARD = Path(__file__).with_name("model_card.md")
 MODEL_OPTIONS = {
     "sample_size": "use --resolution",
     "num_classes": "use --classes",
+    "in_channels": "images are read in RGB",
     "prediction_type": "use --prediction_type",
     "sigma_data": "the scheduler's is 0.5",
 }
@@ -327,10 +329,12 @@ def adapt_model(
     Positions span the same range on images of any size.
 
     Raises:
-        ValueError: if it knows no names and another number of classes.
+        ValueError: if it knows no names and another number of classes, or is not for RGB images.
     """
     transformer = pipeline.transformer
     config = transformer.config
+    if config.in_channels != 3:
+        raise ValueError(f"Images are read in RGB, but the saved model has {config.in_channels} channels.")
     num_classes = config.num_classes
     known = {pipeline.id2label[index]: index for index in range(num_classes) if index in pipeline.id2label}
     if not known and num_classes != len(class_names):
@@ -368,6 +372,8 @@ def automatic_precision() -> str:
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by `accelerate launch`
     if configured != "no":
         return configured
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+        return "no"  # each process could find another answer
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     matrix = torch.randn(1024, 1024)
@@ -476,6 +482,7 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
 
     # 3. Model, scheduler, loss, optimizer, EMA
     num_classes = len(dataset.class_names)
+    check_labels(dict(enumerate(dataset.class_names)), num_classes)  # before any step is made
     scheduler_config = {
         "adaptive": args.noise_schedule == "adaptive",
         "p_mean": args.p_mean,

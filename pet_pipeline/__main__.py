@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--num_samples", type=positive_integer, default=5, help="images per class")
     generate.add_argument("--steps", type=number_of_steps, default=18, help="denoising steps, at most 1000")
     generate.add_argument(
-        "--guidance_scale", type=float, default=2.5, help="strength of the guidance; 1 is none"
+        "--guidance_scale", type=float, default=2.5, help="strength of the guidance by classes; 1 is none"
     )
     generate.add_argument(
         "--guidance_schedule",
@@ -593,7 +593,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
     held_out = balanced_subset(reference.validation, args.num_images)
     errors = class_errors(classifier, held_out, args.num_evaluations, seed=args.seed)
     calibration = fit_calibration(errors, held_out.labels)
-    # Only the index changes: the weights stay as they are.
+    # The index changes, and the code beside it is brought up to date; the weights stay as they are.
     pipeline.register_to_config(calibration=calibration)
     pipeline.save_config(args.model)
     weights = classifier.band_weights(errors.sigmas, calibration, held_out.images[0].numel())

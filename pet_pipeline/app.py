@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,6 +43,7 @@ from .pipeline_pet_diffusion import (
 from .schedulers import SCHEDULERS, scheduler_by_name
 from .visualization import (
     DenoisingRecorder,
+    array_image,
     class_names,
     error_figure,
     evidence_map,
@@ -417,11 +418,6 @@ def example_images(
     ]
 
 
-def array_image(image: torch.Tensor) -> Image.Image:
-    """Returns a uint8 tensor `(3, height, width)` as an image."""
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
-
-
 # HTML
 
 
@@ -480,17 +476,7 @@ def samples_html(samples: Samples, model: dict[str, str] | None = None) -> str:
         for seed, image in enumerate(row, samples.seed):
             tag = image_tag(image, f"{name}, seed {seed}")
             if model is not None:
-                kept = {
-                    "class": name,
-                    "seed": seed,
-                    "steps": samples.settings.steps,
-                    "guidance_scale": samples.settings.guidance_scale,
-                    "guidance_schedule": samples.settings.guidance_schedule,
-                    "pag_scale": samples.settings.pag_scale,
-                    "negative_class": samples.settings.negative_class,
-                    "scheduler": samples.settings.scheduler,
-                    **model,
-                }
+                kept = {"class": name, "seed": seed, **asdict(samples.settings), **model}
                 file_name = html.escape(f"{name}-{seed}.png")
                 tag = (
                     f'<a href="{data_url(image, kept)}" download="{file_name}" '
@@ -582,7 +568,7 @@ def settings_inputs(names: list[str], settings: Settings) -> list[gr.components.
             settings.guidance_scale,
             step=0.1,
             label="Guidance scale",
-            info="1 is no guidance",
+            info="1 is none of this kind",
         ),
         gr.Dropdown(list(GUIDANCE_SCHEDULES), value=settings.guidance_schedule, label="Guidance schedule"),
         slider(
@@ -622,7 +608,8 @@ def build_app(
         closed (`threading.Event`, *optional*): ends the work on all requests, once it is set.
 
     Raises:
-        ValueError: if the pipeline's scheduler is not one of EDM, or it has a guider.
+        ValueError: if the pipeline's scheduler is not one of EDM, it has a guider, or the `pag_scale` saved
+            with it is more than the page offers.
     """
     if not hasattr(pipeline.scheduler, "precondition_outputs"):
         raise ValueError(
@@ -634,6 +621,7 @@ def build_app(
             f"The model has a guider, {type(pipeline.guider).__name__}, which the settings of the page would "
             "replace; save it without."
         )
+    check_number("The saved `pag_scale`", pipeline.config.pag_scale, 0, MAX_GUIDANCE)
     names = class_names(pipeline)
     suited = Settings(pag_scale=pipeline.config.pag_scale)
     model = model_settings(pipeline)

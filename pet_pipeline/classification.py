@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,15 +44,18 @@ def class_errors(
         seed (`int`, defaults to 0): of the noise.
     """
     evidence = []
-    for images in tqdm(dataset.images.split(50), desc="images of 50", leave=False):
-        evidence += pipeline(
-            images,
-            num_evaluations,
-            adaptive=False,
-            batch_size=batch_size,
-            generator=torch.Generator().manual_seed(seed),
-            return_evidence=True,
-        ).evidence
+    with warnings.catch_warnings():
+        # The errors do not depend on the weights, which may be about to be found.
+        warnings.filterwarnings("ignore", "This pipeline is not calibrated")
+        for images in tqdm(dataset.images.split(50), desc="images of 50", leave=False):
+            evidence += pipeline(
+                images,
+                num_evaluations,
+                adaptive=False,
+                batch_size=batch_size,
+                generator=torch.Generator().manual_seed(seed),
+                return_evidence=True,
+            ).evidence
     return ClassErrors(torch.stack([item.errors for item in evidence]), evidence[0].sigmas)
 
 

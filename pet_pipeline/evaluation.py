@@ -26,7 +26,7 @@ from .metrics import (
     validation_loss,
 )
 from .scheduling_adaptive_edm import AdaptiveEDMScheduler
-from .visualization import class_names, image_generators, image_grid
+from .visualization import array_image, class_names, image_generators, image_grid
 
 
 @dataclass
@@ -124,13 +124,15 @@ def generate_images(
     hook = pipeline.transformer.register_forward_hook(count)
     batches = []
     began = time.perf_counter()
-    for start in tqdm(range(0, num_images, batch_size), desc="batches of images", leave=False):
-        part = labels[start : start + batch_size].tolist()
-        generators = image_generators(len(part), seed + start)
-        images = pipeline(part, generator=generators, output_type="pt", **kwargs).images
-        batches.append((images * 255).round().clamp(0, 255).to("cpu", torch.uint8))
+    try:
+        for start in tqdm(range(0, num_images, batch_size), desc="batches of images", leave=False):
+            part = labels[start : start + batch_size].tolist()
+            generators = image_generators(len(part), seed + start)
+            images = pipeline(part, generator=generators, output_type="pt", **kwargs).images
+            batches.append((images * 255).round().clamp(0, 255).to("cpu", torch.uint8))
+    finally:
+        hook.remove()
     seconds = time.perf_counter() - began
-    hook.remove()
     return GeneratedImages(torch.cat(batches), labels, evaluations / num_images, seconds / num_images)
 
 
@@ -242,7 +244,7 @@ def neighbor_grid(images: torch.Tensor, reference: Reference, num_images: int = 
     rows = ratios.argsort()[:num_images]
     pairs = images[rows], reference.train.images[neighbors.indices[rows]]
     return image_grid(
-        [[Image.fromarray(image.permute(1, 2, 0).numpy()) for image in row] for row in pairs],
+        [[array_image(image) for image in row] for row in pairs],
         ["generated", "nearest training image"],
         [f"{ratio:.2f}" for ratio in ratios[rows].tolist()],
         scale=2,
@@ -252,9 +254,7 @@ def neighbor_grid(images: torch.Tensor, reference: Reference, num_images: int = 
 def generated_grid(generated: GeneratedImages, names: list[str], num_images: int = 8) -> Image.Image:
     """Draws the first of the generated images, a row of `num_images` for each class."""
     rows = [generated.images[generated.labels == label][:num_images] for label in range(len(names))]
-    return image_grid(
-        [[Image.fromarray(image.permute(1, 2, 0).numpy()) for image in row] for row in rows], names, scale=4
-    )
+    return image_grid([[array_image(image) for image in row] for row in rows], names, scale=4)
 
 
 def evaluate(
@@ -295,11 +295,21 @@ def evaluate(
         )
     classifier = load_classifier(class_names(pipeline), pipeline.transformer.config.sample_size)
     generated = generate_images(pipeline, num_images, batch_size, seed, **kwargs)
+    # A function, as a schedule of guidance may be, is told by its name.
+    given = {
+        name: getattr(value, "__name__", str(value)) if callable(value) else value
+        for name, value in kwargs.items()
+    }
     record: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {pipeline.device.type}",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-        "settings": {"num_images": num_images, "seed": seed, **kwargs},
+        "settings": {
+            "num_images": num_images,
+            "seed": seed,
+            **given,
+            "pag_scale": getattr(pipeline, "pag_scale", 0.0),
+        },
         "evaluations_per_image": generated.evaluations,
         "images_per_second": 1 / generated.seconds,
         "measures": measure_images(generated.images, generated.labels, reference, extractor, classifier),
@@ -319,4 +329,4 @@ def evaluate(
 
 def save_record(record: dict[str, Any], path: Path) -> None:
     """Writes the record as JSON."""
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

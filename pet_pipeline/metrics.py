@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import warnings
 from dataclasses import dataclass
 
@@ -55,7 +56,10 @@ def validation_loss(
             timesteps = scheduler.precondition_noise(torch.full((len(images),), sigma, device=device))
             model_input = scheduler.precondition_inputs(noisy_images, sigma)
             model_output = transformer(
-                model_input, timesteps, dataset.labels[rows].to(device), return_dict=False
+                model_input.to(transformer.dtype),
+                timesteps,
+                dataset.labels[rows].to(device),
+                return_dict=False,
             )[0]
             target = scheduler.training_target(images, noisy_images, sigma)
             total += (model_output.float() - target).square().mean((1, 2, 3)).sum().item()
@@ -203,7 +207,10 @@ def image_features(
     batches = tqdm(images.split(batch_size), desc=f"{extractor.name} features", leave=False)
     features = torch.cat([extractor(batch.to(device)).cpu() for batch in batches])
     if path is not None:
-        save_file({"features": features}, path)
+        # Whoever else reads it sees the whole file or none.
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        save_file({"features": features}, unfinished)
+        unfinished.replace(path)
     return features
 
 
@@ -250,6 +257,7 @@ def kernel_distance(
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
+    subset_size = min(subset_size, len(reference), len(features))
     is_drawn = subset_size < max(len(reference), len(features))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save")
@@ -257,7 +265,7 @@ def kernel_distance(
         metric = KernelInceptionDistance(
             feature=_Precomputed(reference.shape[1]),
             subsets=subsets,
-            subset_size=min(subset_size, len(reference), len(features)),
+            subset_size=subset_size,
         )
         metric.update(reference.double(), real=True)
         metric.update(features.double(), real=False)

@@ -195,10 +195,14 @@ class PetClassificationPipeline(DiffusionPipeline):
         # The other pipeline over the same components lies beside this one, or in the folder this one came
         # from.
         for name in PIPELINE_MODULES:
-            for origin in (Path(__file__).parent, Path(str(self.config.get("_name_or_path")))):
-                source = origin / f"{name}.py"
-                if source.is_file() and not (folder / source.name).exists():
-                    shutil.copyfile(source, folder / source.name)
+            sources = [
+                origin / f"{name}.py"
+                for origin in (Path(__file__).parent, Path(str(self.config.get("_name_or_path"))))
+            ]
+            source = next((source for source in sources if source.is_file()), None)
+            target = folder / f"{name}.py"
+            if source is not None and not (target.exists() and target.samefile(source)):
+                shutil.copyfile(source, target)
         for name in self.components:
             library, class_name = index.get(name, (None, None))
             if library is not None and library.partition(".")[0] != "diffusers":
@@ -249,7 +253,8 @@ class PetClassificationPipeline(DiffusionPipeline):
         """Makes a pipeline that shares the components of another, in the precision they are in.
 
         Args:
-            pipeline (`DiffusionPipeline`): a pipeline with a `transformer` and a `scheduler`.
+            pipeline (`DiffusionPipeline`): a pipeline with a `transformer` and a `scheduler`, whose precision
+                a `transformer` among the replacements is brought to.
             kwargs: components and arguments to replace, see [`DiffusionPipeline.from_pipe`].
         """
         # `DiffusionPipeline.from_pipe` would take over models of exactly the annotated class only, and cast
@@ -347,6 +352,11 @@ class PetClassificationPipeline(DiffusionPipeline):
                     pixel_errors = self.pixel_errors(pixels, noise, sigmas, part)  # (B, H, W)
                     image, label, draw = part.unbind(1)
                     errors[image, label, draw] = pixel_errors.mean((1, 2))
+                    if not errors[image, label, draw].isfinite().all():
+                        raise ValueError(
+                            "The model's errors are not finite; its weights are damaged, or its precision "
+                            f"({self.transformer.dtype}) is too small for them."
+                        )
                     if maps is not None:
                         maps.index_put_(
                             (image, label), weights[draw, None, None] * pixel_errors, accumulate=True
@@ -550,7 +560,7 @@ def check_labels(id2label: dict | None, num_classes: int) -> dict[int, str]:
     """Returns class names by id; the keys may be strings, which JSON turns integers into.
 
     Raises:
-        ValueError: if a key is not the id of a class, or a name is not a printable one.
+        ValueError: if a key is not the id of a class, a name is not a printable one, or two are the same.
     """
     if not isinstance(id2label, (dict, type(None))):
         raise ValueError(f"`id2label` has to be a dict, but is {reprlib.repr(id2label)}.")
@@ -567,6 +577,10 @@ def check_labels(id2label: dict | None, num_classes: int) -> dict[int, str]:
                 f"one is {reprlib.repr(name)}."
             )
         labels[int(key)] = name
+    names = [labels.get(index, str(index)) for index in range(num_classes)] if labels else []
+    if len(set(names)) < len(names):
+        name = max(names, key=names.count)
+        raise ValueError(f"The names in `id2label` have to differ, but two classes are {reprlib.repr(name)}.")
     return labels
 
 

@@ -127,8 +127,9 @@ class PetDiffusionPipeline(DiffusionPipeline):
         transformer ([`PetTransformer2DModel`]): the denoiser; its class `num_classes` is the null class.
             Any model with the same `forward` and the same config entries will do.
         scheduler ([`AdaptiveEDMScheduler`]): or `EDMEulerScheduler`, `EDMDPMSolverMultistepScheduler`.
-        guider (`BaseGuidance`, *optional*): a guider of diffusers, which then replaces `guidance_scale` and
-            `guidance_schedule`. It is given denoised images.
+        guider (`BaseGuidance`, *optional*): a guider of diffusers, which then replaces `guidance_scale`,
+            `guidance_schedule` and `pag_scale`. It is given denoised images. Guiders that skip layers know
+            the models of diffusers only.
         id2label (`dict`, *optional*): class names by id, for example `{0: "cat", 1: "dog"}`.
         calibration (`dict`, *optional*): kept for [`PetClassificationPipeline`]; not used here.
         pag_scale (`float`, defaults to 0.0): strength of perturbed-attention guidance where a call gives
@@ -205,10 +206,14 @@ class PetDiffusionPipeline(DiffusionPipeline):
         # The other pipeline over the same components lies beside this one, or in the folder this one came
         # from.
         for name in PIPELINE_MODULES:
-            for origin in (Path(__file__).parent, Path(str(self.config.get("_name_or_path")))):
-                source = origin / f"{name}.py"
-                if source.is_file() and not (folder / source.name).exists():
-                    shutil.copyfile(source, folder / source.name)
+            sources = [
+                origin / f"{name}.py"
+                for origin in (Path(__file__).parent, Path(str(self.config.get("_name_or_path"))))
+            ]
+            source = next((source for source in sources if source.is_file()), None)
+            target = folder / f"{name}.py"
+            if source is not None and not (target.exists() and target.samefile(source)):
+                shutil.copyfile(source, target)
         for name in self.components:
             library, class_name = index.get(name, (None, None))
             if library is not None and library.partition(".")[0] != "diffusers":
@@ -259,7 +264,8 @@ class PetDiffusionPipeline(DiffusionPipeline):
         """Makes a pipeline that shares the components of another, in the precision they are in.
 
         Args:
-            pipeline (`DiffusionPipeline`): a pipeline with a `transformer` and a `scheduler`.
+            pipeline (`DiffusionPipeline`): a pipeline with a `transformer` and a `scheduler`, whose precision
+                a `transformer` among the replacements is brought to.
             kwargs: components and arguments to replace, see [`DiffusionPipeline.from_pipe`].
         """
         # `DiffusionPipeline.from_pipe` would take over models of exactly the annotated class only, and cast
@@ -456,7 +462,7 @@ class PetDiffusionPipeline(DiffusionPipeline):
             pag_scale (`float`, *optional*): strength s of perturbed-attention guidance (PAG), which adds
                 s·(D_class - D_perturbed) inside `guidance_interval`, for one more evaluation a step there:
                 shapes become clearer and surroundings plainer. At 0 there is none; if not given, it is that
-                of the pipeline's config.
+                of the pipeline's config, for a model that can be perturbed.
             pag_applied_layers (`list[int]`, *optional*): blocks to perturb, counted from 0; if not given, the
                 one at 3/10 of the depth.
             negative_class_labels (like `class_labels`, *optional*): classes to steer away from, instead of
@@ -488,7 +494,8 @@ class PetDiffusionPipeline(DiffusionPipeline):
 
         # 1. Inputs
         if pag_scale is None:
-            pag_scale = self.config.pag_scale if self.guider is None else 0.0
+            suits = self.guider is None and self._can_be_perturbed()
+            pag_scale = self.config.pag_scale if suits else 0.0
         num_classes = self.transformer.config.num_classes
         label_ids = list(range(num_classes)) if class_labels is None else self.get_label_ids(class_labels)
         negative_ids = None if negative_class_labels is None else self.get_label_ids(negative_class_labels)
@@ -646,7 +653,7 @@ def check_labels(id2label: dict | None, num_classes: int) -> dict[int, str]:
     """Returns class names by id; the keys may be strings, which JSON turns integers into.
 
     Raises:
-        ValueError: if a key is not the id of a class, or a name is not a printable one.
+        ValueError: if a key is not the id of a class, a name is not a printable one, or two are the same.
     """
     if not isinstance(id2label, (dict, type(None))):
         raise ValueError(f"`id2label` has to be a dict, but is {reprlib.repr(id2label)}.")
@@ -663,6 +670,10 @@ def check_labels(id2label: dict | None, num_classes: int) -> dict[int, str]:
                 f"one is {reprlib.repr(name)}."
             )
         labels[int(key)] = name
+    names = [labels.get(index, str(index)) for index in range(num_classes)] if labels else []
+    if len(set(names)) < len(names):
+        name = max(names, key=names.count)
+        raise ValueError(f"The names in `id2label` have to differ, but two classes are {reprlib.repr(name)}.")
     return labels
 
 

@@ -28,7 +28,8 @@ def scheduler_by_name(name: str | None, scheduler: "SchedulerMixin") -> "Schedul
     if name is None:
         return type(scheduler).from_config(scheduler.config)
     if name in SOLVERS:
-        return AdaptiveEDMScheduler.from_config(scheduler.config, solver=name)
+        churn = {"s_churn": 0.0} if name == "multistep" else {}  # which that solver cannot have
+        return AdaptiveEDMScheduler.from_config(scheduler.config, solver=name, **churn)
     if name not in SCHEDULERS:
         raise ValueError(f"There is no scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
     return getattr(diffusers, name).from_config(scheduler.config)

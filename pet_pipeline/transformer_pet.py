@@ -657,8 +657,8 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         hidden_states: torch.Tensor,
         timestep: torch.Tensor | float,
         class_labels: torch.Tensor | None = None,
-        perturbed_layers: Sequence[int] | None = None,
         return_dict: bool = True,
+        perturbed_layers: Sequence[int] | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         r"""Predicts the EDM network output $F_\theta$.
 
@@ -669,10 +669,10 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 float32.
             class_labels (`torch.Tensor` of shape `(batch,)` or scalar, *optional*): integers in
                 [0, num_classes]; `num_classes`, or `None`, is the null class.
+            return_dict (`bool`, defaults to `True`): return a `Transformer2DModelOutput` instead of a tuple.
             perturbed_layers (`list[int]`, *optional*): blocks, counted from 0, whose attention map is
                 replaced by the identity, so that they do not see the image as a whole: the worse prediction
                 of perturbed-attention guidance (Ahn et al. 2024, arXiv:2403.17377, section 4).
-            return_dict (`bool`, defaults to `True`): return a `Transformer2DModelOutput` instead of a tuple.
 
         Returns:
             `Transformer2DModelOutput` or `tuple`: `sample` of shape `(batch, in_channels, height, width)`.

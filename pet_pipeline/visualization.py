@@ -297,6 +297,11 @@ def evidence_figure(
     return _drawn(figure)
 
 
+def array_image(image: torch.Tensor) -> Image.Image:
+    """Returns a uint8 tensor `(channels, height, width)`, of one channel or three, as an image."""
+    return Image.fromarray(image.squeeze(0).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
+
+
 def evidence_map(evidence: ClassificationEvidence) -> Image.Image:
     """Draws where an image speaks for the best class (red) or for the second best (blue), pixel by pixel."""
     from matplotlib import colormaps

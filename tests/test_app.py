@@ -317,6 +317,7 @@ def test_a_copy_of_a_training_image_is_told(pipeline):
     [
         ({"scheduler": DDPMScheduler()}, "has to be one of EDM"),
         ({"guider": ClassifierFreeGuidance()}, "has a guider, ClassifierFreeGuidance"),
+        ({"pag_scale": 100.0}, "saved `pag_scale` has to be from 0 to 8, but is 100"),
     ],
 )
 def test_a_model_that_the_page_cannot_steer_is_refused(pipeline, component, message):

@@ -1,5 +1,6 @@
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -188,7 +189,13 @@ def test_the_words_reach_the_classifier(saved, tmp_path, monkeypatch):
 def test_calibrate_keeps_weights_and_evaluate_uses_them(saved, image_folder, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").rglob("*.safetensors")}
     words = [saved, "--reference", str(image_folder), "--cache_dir", str(tmp_path / "cache")]
-    assert main(["calibrate", *words, "--num_evaluations", "16"]) == 0
+    other = tmp_path / "model" / "pipeline_pet_classification.py"
+    code = other.read_text()
+    other.write_text("# of an older version\n")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "This pipeline is not calibrated")  # it is about to be
+        assert main(["calibrate", *words, "--num_evaluations", "16"]) == 0
+    assert other.read_text() == code
     assert "4 images, by which it was fitted: accuracy" in capsys.readouterr().out
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "model").rglob("*.safetensors")}
     weights = PetDiffusionPipeline.from_pretrained(saved).config.calibration["weights"]

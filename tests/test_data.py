@@ -67,6 +67,14 @@ def test_bad_requests_are_one_clear_error(image_folder, tmp_path):
     Image.new("RGB", (8, 8)).save(unlabelled / "a.png")
     with pytest.raises(ValueError, match="no column of the type ClassLabel"):
         load(unlabelled, tmp_path)
+    damaged = tmp_path / "damaged"
+    for name in ("cat", "dog"):
+        (damaged / name).mkdir(parents=True)
+        Image.effect_noise((64, 64), 50).save(damaged / name / "a.jpg")
+    path = damaged / "dog" / "a.jpg"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="The image of row 1 cannot be used: image file is truncated"):
+        load(damaged, tmp_path)
 
 
 def test_images_are_upright_and_cropped_at_the_centre():

@@ -91,8 +91,14 @@ def test_a_perfect_denoiser_is_measured_better_than_a_wrong_one():
     bad, _ = evaluate(gaussian_pipeline(0.05), reference, extractor, **settings)
     good_measures, unseen = good["measures"], good["floors"]["unseen images"]
     assert good_measures["fd_pixels"] < 1.5 * unseen["fd_pixels"] < 0.4 * bad["measures"]["fd_pixels"]
-    settings |= {"guidance_scale": 3.0, "guidance_schedule": "constant"}
+
+    def constant(sigma):
+        return 3.0
+
+    settings |= {"guidance_schedule": constant}
     guided, _ = evaluate(gaussian_pipeline(0.3), reference, extractor, **settings)
+    assert json.loads(json.dumps(guided))["settings"]["guidance_schedule"] == "constant"
+    assert guided["settings"]["pag_scale"] == 0
     assert abs(good_measures["kid_pixels"]) < 0.1 * guided["measures"]["kid_pixels"]
     for name in ("precision", "recall"):
         assert good_measures[name] > 0.7 * unseen[name] > 0

@@ -195,6 +195,13 @@ def test_pickled_weights_are_refused_and_not_opened(saved, tmp_path, pipeline_cl
         ("scheduler", ["diffusers", None], "a library and a class"),
         ("transformer", ["os", "system"], "does not seem to have any of the loading methods"),
         ("id2label", ["cat", "dog"], "`id2label` has to be a dict"),
+        (
+            "id2label",
+            {"0": "cat", "1": "cat"},
+            "names in `id2label` have to differ, but two classes are 'cat'",
+        ),
+        ("id2label", {"1": "0"}, "two classes are '0'"),
+        ("pag_scale", "much", "`pag_scale` has to be a finite number"),
     ],
 )
 def test_an_index_is_checked(saved, entry, value, message):

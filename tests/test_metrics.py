@@ -33,6 +33,14 @@ def test_validation_loss_does_not_depend_on_the_batch_size():
     assert list(first) == list(VALIDATION_SIGMAS)
 
 
+def test_validation_loss_in_the_precision_of_the_model():
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    dataset = ImageDataset(images, torch.tensor([0, 1, 0]), ["cat", "dog"])
+    full = validation_loss(random_model(), AdaptiveEDMScheduler(), dataset)
+    half = validation_loss(random_model().bfloat16(), AdaptiveEDMScheduler(), dataset)
+    assert half == pytest.approx(full, rel=0.1)
+
+
 def test_validation_loss_of_a_known_denoiser():
     # For N(mean, s²) data the posterior variance is s²σ²/(s²+σ²); in output space it is divided by c_out².
     std = 0.1
@@ -98,6 +106,7 @@ def test_the_deviation_of_the_kernel_distance_needs_different_subsets():
     first, second = torch.randn(2, 60, 4).unbind()
     assert kernel_distance(first, second, subset_size=60)[1] is None
     assert kernel_distance(first, second, subset_size=30)[1] > 0
+    assert kernel_distance(first, torch.cat([second, first]))[1] > 0  # of the larger set a part is drawn
 
 
 def test_precision_sees_outliers_and_recall_missing_modes():

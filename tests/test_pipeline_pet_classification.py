@@ -34,6 +34,14 @@ def gaussian_pipeline(std=0.3, **kwargs):
     return pipe
 
 
+def test_errors_that_are_not_finite_are_one_error(model):
+    with torch.no_grad():
+        model.proj_out.weight.fill_(torch.inf)
+    pipe = PetClassificationPipeline(model, AdaptiveEDMScheduler())
+    with pytest.raises(ValueError, match="errors are not finite"):
+        pipe(torch.rand(1, 3, 8, 8), 4, weighting="elbo")
+
+
 def gaussian_images(num_images, mean=0.0, std=0.3, seed=0):
     """Images in [0, 1] of mean 0.5 + mean / 2."""
     noise = torch.randn(num_images, 3, 8, 8, generator=torch.Generator().manual_seed(seed))

@@ -254,6 +254,9 @@ def test_the_perturbed_attention_guidance_that_suits_a_model_is_saved_with_it(pi
     assert torch.equal(draw(suited), draw(pipeline, pag_scale=0.75)) and suited.pag_scale == 0.75
     pipeline.register_to_config(pag_scale=0.0)
     assert torch.equal(draw(suited, pag_scale=0.0), draw(pipeline))
+    other = PetDiffusionPipeline.from_pipe(suited, transformer=GaussianDenoiser())
+    draw(other)  # which cannot be perturbed
+    assert other.config.pag_scale == 0.75 and other.pag_scale == 0
     suited.guider = ClassifierFreeGuidance(guidance_scale=1.0)  # in place of any other
     torch.testing.assert_close(draw(suited), draw(pipeline, guidance_scale=1.0), rtol=1e-4, atol=1e-5)
     for value in (float("inf"), "1", None, True):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from conftest import random_model
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -233,6 +234,9 @@ def test_fine_tuning_a_model_without_class_names(finished_run):
     assert train_pet.adapt_model(pipeline, ["bird", "dog"], resolution=8) is pipeline.transformer
     with pytest.raises(ValueError, match="2 classes without names, but --classes names 3"):
         train_pet.adapt_model(pipeline, ["bird", "cat", "dog"], resolution=8)
+    grey = PetDiffusionPipeline(random_model(in_channels=1), AdaptiveEDMScheduler())
+    with pytest.raises(ValueError, match="read in RGB, but the saved model has 1 channels"):
+        train_pet.adapt_model(grey, ["cat", "dog"], resolution=8)
 
 
 def test_fine_tuning_at_another_size(finished_run, image_folder, tmp_path):
@@ -264,6 +268,14 @@ def test_fine_tuning_at_another_size(finished_run, image_folder, tmp_path):
 def test_bad_input_is_one_error_and_writes_nothing(image_folder, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         train(image_folder, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_name_that_cannot_be_saved_ends_the_run_before_it_starts(image_folder, tmp_path):
+    shutil.copytree(image_folder / "cat", tmp_path / "pets" / "cat")
+    shutil.copytree(image_folder / "dog", tmp_path / "pets" / "dog\u00a0two")
+    with pytest.raises(ValueError, match="printable characters"):
+        train(tmp_path / "pets", tmp_path / "out", classes=["all"])
     assert not (tmp_path / "out").exists()
 
 

@@ -5,9 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
+from pet_pipeline import AdaptiveEDMScheduler
 from pet_pipeline.pipeline_pet_classification import ClassificationEvidence
 from pet_pipeline.schedulers import SCHEDULERS, scheduler_by_name
 from pet_pipeline.visualization import (
+    array_image,
     denoising_strip,
     error_figure,
     evidence_map,
@@ -100,5 +102,15 @@ def test_schedulers_by_name_keep_the_configuration_and_no_state(pipeline, name):
     assert scheduler.config.sigma_max == pipeline.scheduler.config.sigma_max
     assert name in (None, type(scheduler).__name__, scheduler.config.get("solver"))
     assert len(scheduler.sigmas) != 4
+    churned = AdaptiveEDMScheduler(solver="euler", s_churn=5.0)
+    assert scheduler_by_name("multistep", churned).config.s_churn == 0  # which it cannot have
+    assert scheduler_by_name("heun", churned).config.s_churn == 5
     with pytest.raises(ValueError, match="no scheduler 'ddim'; choose one of multistep"):
         scheduler_by_name("ddim", pipeline.scheduler)
+
+
+def test_images_of_one_channel_and_of_three():
+    tensor = torch.randint(0, 256, (3, 4, 5), dtype=torch.uint8)
+    assert np.array_equal(np.asarray(array_image(tensor)), tensor.permute(1, 2, 0))
+    grey = array_image(tensor[:1])
+    assert grey.mode == "L" and np.array_equal(np.asarray(grey), tensor[0])

@@ -19,6 +19,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from pet_pipeline.checkpointing import list_checkpoints
+
 
 BENCHMARKS = Path(__file__).parent
 OURS = [str(BENCHMARKS.parent.parent / "train_pet.py")]
@@ -76,6 +78,8 @@ def train_and_measure(name: str, seed: int, core: int | None, args: argparse.Nam
     words += ["--validation_steps", never, "--preview_steps", never, "--checkpointing_steps", never]
     if args.cache_dir:
         words += ["--cache_dir", args.cache_dir]
+    if folder.exists() and list_checkpoints(folder):  # of a run that was interrupted, or not measured
+        words += ["--resume_from_checkpoint", "latest"]
     measure = [str(Path(__file__)), "--measure", str(folder), "--dataset_name", args.dataset_name]
     measure += ["--num_images", str(args.num_images)]
     if args.cache_dir:

@@ -12,6 +12,7 @@ and of the dogs: the mean probability of its breeds of them. The last row is of 
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def main() -> None:
         print(
             f"| {', '.join(words)} | {measures['fd_efflite0']:.1f} | {1000 * measures['kid_efflite0']:.2f} "
             f"| {measures['precision']:.3f} "
-            f"| {measures['recall']:.3f} | {measures['class_accuracy']:.3f} "
+            f"| {measures['recall']:.3f} | {measures.get('class_accuracy', math.nan):.3f} "
             f"| {recognised(generated.images, generated.labels, names, network)} "
             f"| {generated.evaluations:.1f} | {1 / generated.seconds:.2f} |",
             flush=True,
