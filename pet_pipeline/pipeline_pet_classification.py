@@ -418,14 +418,15 @@ class PetClassificationPipeline(DiffusionPipeline):
                     file.load()
                     image = eight_bit_image(file, mode)
             except MemoryError:
-                raise
+                raise ValueError(f"{name} is too large an image for the memory there is.") from None
             except Exception as error:  # of damaged files Pillow raises nearly anything
                 raise ValueError(f"{name} cannot be read as an image: {error}") from None
-        if isinstance(image, Image.Image):
+        elif isinstance(image, Image.Image):
             try:
                 image = eight_bit_image(image, mode)
             except ValueError as error:
                 raise ValueError(f"{name} cannot be used: {error}") from None
+        if isinstance(image, Image.Image):
             image = ImageOps.fit(image, (size, size), Image.BICUBIC)
             data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
             image = data.view(size, size, channels).permute(2, 0, 1)

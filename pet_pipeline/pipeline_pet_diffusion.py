@@ -37,7 +37,7 @@ from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 logger = logging.get_logger(__name__)
 
 GUIDANCE_SCHEDULES = ("adaptive", "constant", "interval", "original")
-GUIDANCE_INTERVAL = (0.05, 5.0)
+GUIDANCE_INTERVAL = (0.05, 5.0)  # of noise levels σ
 
 # Multiplier of (guidance_scale - 1), linear in ln σ between these points: off while the composition forms,
 # standard while the class is decided, increased for its details, and off where only texture is left.

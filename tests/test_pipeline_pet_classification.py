@@ -411,3 +411,14 @@ def test_copied_functions_are_equal():
             for module in (pipeline_pet_diffusion, pipeline_pet_classification)
         )
         assert first == second
+
+
+def test_an_image_too_large_for_the_memory_is_one_error(model, tmp_path, monkeypatch):
+    def load(self):
+        raise MemoryError
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    pipe = PetClassificationPipeline(model, AdaptiveEDMScheduler())
+    with pytest.raises(ValueError, match="a.png' is too large an image for the memory there is"):
+        pipe(tmp_path / "a.png", 2, weighting="elbo")
