@@ -648,7 +648,10 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         ema.copy_to(ema_transformer.parameters())
         id2label = dict(enumerate(dataset.class_names))
         pipeline = PetDiffusionPipeline(
-            ema_transformer, AdaptiveEDMScheduler.from_config(scheduler.config), id2label=id2label
+            ema_transformer,
+            AdaptiveEDMScheduler.from_config(scheduler.config),
+            id2label=id2label,
+            pag_scale=0.0 if pretrained is None else pretrained.config.pag_scale,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -251,9 +251,13 @@ def test_fine_tuning_at_another_size(finished_run, image_folder, tmp_path):
     assert torch.equal(after.transformer(*inputs).sample, before.transformer(*inputs).sample)
 
     options |= {"pretrained_model_name_or_path": tmp_path / "larger", "resolution": None}
+    PetDiffusionPipeline.from_pretrained(tmp_path / "larger", pag_scale=0.5).save_pretrained(
+        tmp_path / "larger"
+    )
     train(image_folder, tmp_path / "same", **options)  # the size is the model's
-    config = PetDiffusionPipeline.from_pretrained(tmp_path / "same").transformer.config
-    assert config.sample_size == 16 and config.interpolation_scale == 2
+    same = PetDiffusionPipeline.from_pretrained(tmp_path / "same")
+    config = same.transformer.config
+    assert config.sample_size == 16 and config.interpolation_scale == 2 and same.config.pag_scale == 0.5
 
 
 @pytest.mark.parametrize(
