@@ -174,7 +174,7 @@ def test_who_cancels_does_not_wait_for_the_work():
 def test_a_page_that_is_not_served_any_more_stops_its_work(pipeline):
     evaluations = []
     pipeline.transformer.register_forward_hook(lambda module, args, output: evaluations.append(None))
-    values = [["cat"], 1, 0, False, 100, 1.0, "constant", app.NO_CLASS, app.AS_SAVED]
+    values = [["cat"], 1, 0, False, 100, 1.0, "constant", 0.0, app.NO_CLASS, app.AS_SAVED]
     with app.serve(pipeline) as url:
         pipeline.transformer.register_forward_hook(lambda module, args, output: time.sleep(0.05))
         evaluations.clear()
@@ -355,7 +355,7 @@ def join_queue(url: str, name: str, values: list, session: str) -> httpx.Respons
 def test_only_so_many_wait(pipeline, monkeypatch):
     monkeypatch.setattr(app, "MAX_QUEUE", 3)
     pipeline.transformer.register_forward_hook(lambda module, args, output: time.sleep(0.05))
-    values = [["cat"], 1, 0, False, 100, 2.5, "adaptive", app.NO_CLASS, app.AS_SAVED]
+    values = [["cat"], 1, 0, False, 100, 2.5, "adaptive", 0.0, app.NO_CLASS, app.AS_SAVED]
     with app.serve(pipeline) as url:
         answers = [join_queue(url, "generate", values, f"session-{index}") for index in range(6)]
     assert [answer.status_code for answer in answers].count(503) >= 2
@@ -386,7 +386,7 @@ def test_no_address_is_fetched(pipeline, capfd):
 
 
 def test_a_cancel_in_the_first_step_ends_the_work(pipeline):
-    values = [["cat"], 1, 0, False, 100, 1.0, "constant", app.NO_CLASS, app.AS_SAVED]
+    values = [["cat"], 1, 0, False, 100, 1.0, "constant", 0.0, app.NO_CLASS, app.AS_SAVED]
     evaluations = []
     with app.serve(pipeline) as url:
         pipeline.transformer.register_forward_hook(lambda *args: (evaluations.append(None), time.sleep(1)))
