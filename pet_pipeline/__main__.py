@@ -448,12 +448,11 @@ def run_generate(args: argparse.Namespace) -> None:
         )
         for list_of_names in (names, [args.negative_class] if args.negative_class else [])
     )
-    pag_scale = pipeline.config.pag_scale if args.pag_scale is None else args.pag_scale
     settings = {
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "guidance_schedule": args.guidance_schedule,
-        "pag_scale": pag_scale,
+        "pag_scale": args.pag_scale,
         "negative_class_labels": negative_ids or None,
     }
     digest = weights_digest(pipeline.transformer)
@@ -484,7 +483,7 @@ def run_generate(args: argparse.Namespace) -> None:
                 "steps": args.steps,
                 "guidance_scale": args.guidance_scale,
                 "guidance_schedule": args.guidance_schedule,
-                "pag_scale": pag_scale,
+                "pag_scale": pipeline.pag_scale,  # that of the model, if none was given
                 "negative_class": args.negative_class,
                 "scheduler": args.scheduler,
                 "dtype": args.dtype,
@@ -667,7 +666,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "guidance_schedule": args.guidance_schedule,
-        "pag_scale": pipeline.config.pag_scale if args.pag_scale is None else args.pag_scale,
+        "pag_scale": args.pag_scale,
     }
     # Features and classes are judged on the CPU: the same numbers everywhere.
     record, generated = evaluate(

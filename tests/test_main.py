@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 import train_pet
 from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline, app
 from pet_pipeline.__main__ import SCHEDULES, build_parser, main
+from pet_pipeline.image_metadata import image_settings
 from pet_pipeline.metrics import FEATURE_EXTRACTORS
 from pet_pipeline.pipeline_pet_classification import WEIGHTINGS
 from pet_pipeline.pipeline_pet_diffusion import GUIDANCE_SCHEDULES
@@ -278,3 +279,12 @@ def test_the_package_ships_all_its_files():
     data = [path.relative_to(root / "pet_pipeline") for path in files if path.suffix not in (".py", ".pyc")]
     shipped = {path for pattern in patterns for path in (root / "pet_pipeline").glob(pattern)}
     assert data and {root / "pet_pipeline" / path for path in data} <= shipped
+
+
+def test_an_image_keeps_the_perturbed_attention_guidance_of_its_model(pipeline, tmp_path):
+    pipeline.register_to_config(pag_scale=0.75)
+    pipeline.save_pretrained(tmp_path / "model")
+    words = ["generate", "--model", str(tmp_path / "model"), "--num_samples", "1", "--steps", "2"]
+    for options, expected in (([], 0.75), (["--pag_scale", "0"], 0.0)):
+        assert main([*words, *options, "--class", "cat", "--out", str(tmp_path / "out")]) == 0
+        assert image_settings(tmp_path / "out" / "cat-0.png")["pag_scale"] == expected
