@@ -15,6 +15,7 @@ import reprlib
 import shutil
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -580,7 +581,7 @@ def check_labels(id2label: dict | None, num_classes: int) -> dict[int, str]:
         labels[int(key)] = name
     names = [labels.get(index, str(index)) for index in range(num_classes)] if labels else []
     if len(set(names)) < len(names):
-        name = max(names, key=names.count)
+        name = Counter(names).most_common(1)[0][0]
         raise ValueError(f"The names in `id2label` have to differ, but two classes are {reprlib.repr(name)}.")
     return labels
 

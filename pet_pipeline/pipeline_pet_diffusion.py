@@ -17,6 +17,7 @@ import math
 import reprlib
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from numbers import Integral
 from pathlib import Path
@@ -672,7 +673,7 @@ def check_labels(id2label: dict | None, num_classes: int) -> dict[int, str]:
         labels[int(key)] = name
     names = [labels.get(index, str(index)) for index in range(num_classes)] if labels else []
     if len(set(names)) < len(names):
-        name = max(names, key=names.count)
+        name = Counter(names).most_common(1)[0][0]
         raise ValueError(f"The names in `id2label` have to differ, but two classes are {reprlib.repr(name)}.")
     return labels
 
