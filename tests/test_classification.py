@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 from conftest import random_model
-from oracles import GaussianDenoiser
 from PIL import Image
+from support.oracles import GaussianDenoiser
 
 from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
 from pet_pipeline.__main__ import main

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from oracles import EmpiricalDenoiser, GaussianDenoiser
+from support.oracles import EmpiricalDenoiser, GaussianDenoiser
 from torch import nn
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline

@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 from diffusers import EDMEulerScheduler
-from hub_server import HubServer
 from huggingface_hub import ModelCard
 from packaging.requirements import Requirement
 from PIL import Image
+from support.hub_server import HubServer
 from test_loading import DRAW, GENERIC, INSTALLED, ROOT, image_sum
 from test_train_pet import train
 

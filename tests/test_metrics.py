@@ -1,7 +1,7 @@
 import pytest
 import torch
 from conftest import random_model
-from oracles import EmpiricalDenoiser, GaussianDenoiser
+from support.oracles import EmpiricalDenoiser, GaussianDenoiser
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
 from pet_pipeline.data import ImageDataset

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import random_model
 from diffusers import DDPMScheduler
-from oracles import GaussianDenoiser
 from PIL import Image
+from support.oracles import GaussianDenoiser
 
 from pet_pipeline import (
     AdaptiveEDMScheduler,

@@ -8,7 +8,7 @@ from conftest import random_model
 from diffusers import DDPMScheduler, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
-from oracles import EmpiricalDenoiser, GaussianDenoiser
+from support.oracles import EmpiricalDenoiser, GaussianDenoiser
 
 from pet_pipeline import (
     AdaptiveEDMScheduler,

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
-from oracles import GaussianDenoiser
+from support.oracles import GaussianDenoiser
 
 from pet_pipeline import AdaptiveEDMScheduler
 
