@@ -38,7 +38,6 @@ from pet_pipeline import (
     PetDiffusionPipeline,
     PetTransformer2DModel,
 )
-from pet_pipeline.__main__ import HelpFormatter
 from pet_pipeline.checkpointing import (
     Interruption,
     checkpoint_step,
@@ -49,6 +48,7 @@ from pet_pipeline.checkpointing import (
     set_aside,
     trim_log,
 )
+from pet_pipeline.commands.options import HelpFormatter
 from pet_pipeline.data import (
     ImageDataset,
     load_image_dataset,

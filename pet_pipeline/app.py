@@ -28,7 +28,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from gradio import processing_utils
 from PIL import Image
 
-from .image_metadata import save_image, weights_digest
 from .pipeline_pet_classification import (
     ClassificationEvidence,
     PetClassificationOutput,
@@ -40,7 +39,7 @@ from .pipeline_pet_diffusion import (
     PetDiffusionPipeline,
     guidance_weight,
 )
-from .schedulers import SCHEDULERS, scheduler_by_name
+from .sampling import SCHEDULERS, image_generators, save_image, scheduler_by_name, weights_digest
 from .visualization import (
     DenoisingRecorder,
     array_image,
@@ -48,7 +47,6 @@ from .visualization import (
     error_figure,
     evidence_map,
     guidance_figure,
-    image_generators,
 )
 
 

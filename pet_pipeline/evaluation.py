@@ -25,8 +25,9 @@ from .metrics import (
     precision_recall,
     validation_loss,
 )
+from .sampling import image_generators
 from .scheduling_adaptive_edm import AdaptiveEDMScheduler
-from .visualization import array_image, class_names, image_generators, image_grid
+from .visualization import array_image, class_names, image_grid
 
 
 @dataclass

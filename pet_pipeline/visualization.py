@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .pipeline_pet_classification import ClassificationEvidence
 from .pipeline_pet_diffusion import PetDiffusionPipeline
+from .sampling import generate, image_generators, seeds_by_class
 
 
 MARGIN = 4
@@ -60,11 +61,6 @@ def image_grid(
     return grid
 
 
-def image_generators(num_images: int, seed: int = 0) -> list[torch.Generator]:
-    """One generator per image, seeds `seed` upwards, so that each image depends on its own seed alone."""
-    return [torch.Generator().manual_seed(seed + index) for index in range(num_images)]
-
-
 def class_names(pipeline: PetDiffusionPipeline) -> list[str]:
     """The name of each class of the pipeline, or its id where it has none."""
     return [
@@ -75,22 +71,26 @@ def class_names(pipeline: PetDiffusionPipeline) -> list[str]:
 def sample_grid(
     pipeline: PetDiffusionPipeline, num_images: int = 8, seed: int = 0, **kwargs: Any
 ) -> Image.Image:
-    """Samples `num_images` of every class, a labelled row each; every row starts from the same noise.
+    """Draws `num_images` of every class, one labelled row for each class.
 
     Args:
-        pipeline ([`PetDiffusionPipeline`]): what to sample from.
-        num_images (`int`, defaults to 8): images per class.
-        seed (`int`, defaults to 0): of the first image of each class; the following ones count up.
-        kwargs: passed to the pipeline.
+        pipeline ([`PetDiffusionPipeline`]): the pipeline that draws.
+        num_images (`int`, defaults to 8): number of images per class.
+        seed (`int`, defaults to 0): seed of the first image of each class; the seeds of the next images count
+            up, so that the images of a column start from the same noise.
+        kwargs: further arguments of the pipeline.
     """
     names = class_names(pipeline)
-    images = pipeline(
-        num_images_per_prompt=num_images,
-        generator=[generator for _ in names for generator in image_generators(num_images, seed)],
-        **kwargs,
-    ).images
-    rows = [images[row * num_images : (row + 1) * num_images] for row in range(len(names))]
-    return image_grid(rows, names)
+    return image_grid(_rows(pipeline, list(range(len(names))), num_images, seed, **kwargs), names)
+
+
+def _rows(
+    pipeline: PetDiffusionPipeline, label_ids: list[int], num_images: int, seed: int, **kwargs: Any
+) -> list[list[Image.Image]]:
+    """Draws a row of images for each class id."""
+    drawn = generate(pipeline, seeds_by_class(label_ids, num_images, seed), **kwargs)
+    images = [image for _, _, image in drawn]
+    return [images[start : start + num_images] for start in range(0, len(images), num_images)]
 
 
 class DenoisingRecorder:
@@ -200,20 +200,11 @@ def step_comparison(
     """
     names = class_names(pipeline)
     class_labels = list(range(len(names))) if class_labels is None else class_labels
-    names = [names[label] for label in class_labels]
     rows = []
     for num_steps in steps:
-        generators = [generator for _ in names for generator in image_generators(num_images, seed)]
-        rows.append(
-            pipeline(
-                class_labels,
-                num_inference_steps=num_steps,
-                num_images_per_prompt=num_images,
-                generator=generators,
-                **kwargs,
-            ).images
-        )
-    columns = [name for name in names for _ in range(num_images)]
+        of_classes = _rows(pipeline, class_labels, num_images, seed, num_inference_steps=num_steps, **kwargs)
+        rows.append([image for row in of_classes for image in row])
+    columns = [names[label] for label in class_labels for _ in range(num_images)]
     return image_grid(rows, [f"{num_steps} steps" for num_steps in steps], columns)
 
 

@@ -22,9 +22,8 @@ from PIL import Image
 from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
 from pet_pipeline.__main__ import main
 from pet_pipeline.evaluation import load_reference
-from pet_pipeline.image_metadata import image_settings
 from pet_pipeline.pipeline_pet_diffusion import GUIDANCE_SCHEDULES
-from pet_pipeline.schedulers import SCHEDULERS
+from pet_pipeline.sampling import SCHEDULERS, image_settings
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")

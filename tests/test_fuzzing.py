@@ -28,7 +28,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
 from pet_pipeline.__main__ import main
-from pet_pipeline.image_metadata import KEY
+from pet_pipeline.sampling import PNG_KEY
 
 
 TIME_LIMIT = 30  # seconds for one input, on a machine that does other things too
@@ -250,7 +250,7 @@ def test_mutated_files_work_or_are_refused(number_of_inputs, tmp_path, monkeypat
     png = tmp_path / "image.png"
     shutil.move(out / "dog-0.png", png)
     with Image.open(png) as image:
-        settings = json.loads(image.text[KEY])
+        settings = json.loads(image.text[PNG_KEY])
     weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
     mutations = [
         (model / "transformer" / "config.json", mutate_json),
@@ -270,7 +270,7 @@ def test_mutated_files_work_or_are_refused(number_of_inputs, tmp_path, monkeypat
         if mutate is None:
             text = mutate_json(json.dumps(settings).encode(), rng).decode(errors="replace")
             info = PngInfo()
-            info.add_itxt(KEY, text)
+            info.add_itxt(PNG_KEY, text)
             Image.new("RGB", (8, 8)).save(png, pnginfo=info)
         else:
             path.write_bytes(mutate(originals[path], rng))

@@ -12,11 +12,10 @@ from PIL.PngImagePlugin import PngInfo
 
 import train_pet
 from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline, app
-from pet_pipeline.__main__ import SCHEDULES, build_parser, main
-from pet_pipeline.image_metadata import image_settings
+from pet_pipeline.__main__ import build_parser, main
 from pet_pipeline.metrics import FEATURE_EXTRACTORS
 from pet_pipeline.pipeline_pet_classification import WEIGHTINGS
-from pet_pipeline.pipeline_pet_diffusion import GUIDANCE_SCHEDULES
+from pet_pipeline.sampling import MAX_SEED, SampleSettings, image_settings
 
 
 @pytest.fixture
@@ -28,13 +27,7 @@ def saved(pipeline, tmp_path):
 def test_defaults_and_choices_are_the_same_everywhere():
     # The command line, the page and the training know them without importing the pipelines.
     parser = build_parser()
-    call = inspect.signature(PetDiffusionPipeline.__call__).parameters
-    names = ("num_inference_steps", "guidance_scale", "guidance_schedule", "pag_scale")
-    defaults = [call[name].default for name in names]
-    for words in (["generate"], ["evaluate", "--reference", "data"]):
-        args = parser.parse_args(words)
-        assert [args.steps, args.guidance_scale, args.guidance_schedule, args.pag_scale] == defaults
-    assert app.Settings(pag_scale=None) == app.Settings(*defaults)
+    assert app.Settings(pag_scale=None) == app.Settings(*list(vars(SampleSettings()).values())[:4])
     evaluations = inspect.signature(PetClassificationPipeline.__call__).parameters["num_evaluations"].default
     for words in (
         ["classify", "cat.png"],
@@ -42,7 +35,6 @@ def test_defaults_and_choices_are_the_same_everywhere():
         ["evaluate", "--reference", "data"],
     ):
         assert parser.parse_args(words).num_evaluations == evaluations
-    assert tuple(SCHEDULES) == tuple(GUIDANCE_SCHEDULES)
     for command, option, choices in (
         ("classify", "--weighting", WEIGHTINGS),
         ("evaluate", "--features", FEATURE_EXTRACTORS),
@@ -215,6 +207,32 @@ def test_classes_may_be_named_by_numbers(model, tmp_path, monkeypatch, id2label,
     assert drawn == [ids]
 
 
+def test_two_thousand_million_images_are_not_listed_in_advance(saved, tmp_path, monkeypatch):
+    draw = PetDiffusionPipeline.__call__
+    batches = []
+
+    def interrupted(self, labels, *args, **kwargs):
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(labels)
+        return draw(self, labels, *args, **kwargs)
+
+    monkeypatch.setattr(PetDiffusionPipeline, "__call__", interrupted)
+    words = ["generate", "--model", saved, "--steps", "1", "--batch_size", "2", "--num_samples", "2000000000"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 130
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"cat-{seed}.png" for seed in range(4)}
+
+
+def test_every_seed_can_be_given_again(saved, tmp_path, capsys):
+    words = ["generate", "--model", saved, "--steps", "1", "--seed", str(MAX_SEED), "--class", "cat"]
+    with pytest.raises(SystemExit):
+        main([*words, "--num_samples", "2", "--out", str(tmp_path / "two")])
+    assert "the last seed" in capsys.readouterr().err and not (tmp_path / "two").exists()
+    assert main([*words, "--num_samples", "1", "--out", str(tmp_path / "one")]) == 0
+    image = str(tmp_path / "one" / f"cat-{MAX_SEED}.png")
+    assert main(["generate", "--model", saved, "--like", image, "--out", str(tmp_path / "again")]) == 0
+
+
 def test_a_missing_package_is_named_with_its_extra(saved, monkeypatch, capsys):
     for module in ("pet_pipeline.data", "pet_pipeline.evaluation", "pet_pipeline.classification"):
         monkeypatch.delitem(sys.modules, module, raising=False)
@@ -226,7 +244,7 @@ def test_a_missing_package_is_named_with_its_extra(saved, monkeypatch, capsys):
 def test_a_port_is_checked_before_anything_is_loaded(capsys):
     with pytest.raises(SystemExit):
         main(["app", "--port", "70000"])
-    assert "has to be at most 65535" in capsys.readouterr().err
+    assert "must be at most 65535" in capsys.readouterr().err
 
 
 def test_help_does_not_load_pytorch():

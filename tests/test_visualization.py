@@ -1,13 +1,10 @@
 import json
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
-from pet_pipeline import AdaptiveEDMScheduler
 from pet_pipeline.pipeline_pet_classification import ClassificationEvidence
-from pet_pipeline.schedulers import SCHEDULERS, scheduler_by_name
 from pet_pipeline.visualization import (
     array_image,
     denoising_strip,
@@ -92,21 +89,6 @@ def test_guidance_is_drawn_from_the_first_step_on():
         line = picture[..., 2] - picture[..., 0] > 100  # it is blue
         columns.append(np.flatnonzero(line[: len(line) // 3].any(0)).mean())
     assert columns[0] < columns[1]
-
-
-@pytest.mark.parametrize("name", [None, *SCHEDULERS])
-def test_schedulers_by_name_keep_the_configuration_and_no_state(pipeline, name):
-    pipeline.scheduler.set_timesteps(3)
-    scheduler = scheduler_by_name(name, pipeline.scheduler)
-    assert scheduler is not pipeline.scheduler
-    assert scheduler.config.sigma_max == pipeline.scheduler.config.sigma_max
-    assert name in (None, type(scheduler).__name__, scheduler.config.get("solver"))
-    assert len(scheduler.sigmas) != 4
-    churned = AdaptiveEDMScheduler(solver="euler", s_churn=5.0)
-    assert scheduler_by_name("multistep", churned).config.s_churn == 0  # which it cannot have
-    assert scheduler_by_name("heun", churned).config.s_churn == 5
-    with pytest.raises(ValueError, match="no scheduler 'ddim'; choose one of multistep"):
-        scheduler_by_name("ddim", pipeline.scheduler)
 
 
 def test_images_of_one_channel_and_of_three():

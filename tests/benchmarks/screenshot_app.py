@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from pet_pipeline.__main__ import load_pipeline
 from pet_pipeline.app import serve
+from pet_pipeline.commands.loading import load_pipeline
 from pet_pipeline.evaluation import load_reference
 from pet_pipeline.visualization import class_names
 

@@ -1,0 +1,68 @@
+"""`pet-pipeline calibrate`: fits the weights of the classifier's noise levels on held-out images."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .loading import as_classifier, load_pipeline, load_reference_of
+from .options import HelpFormatter, add_device_option, add_reference_options, positive_integer, seed
+
+
+def add_parser(commands: Any) -> None:
+    """Describes the command to argparse."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="fit the weights of the classifier",
+        description="Fits how much each noise level counts in a classification, on images that the training "
+        "held out, and keeps the weights in the model's folder.",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("model", metavar="PATH", help="folder of a saved pipeline")
+    add_reference_options(
+        parser,
+        "data set that the model was trained on: Hub id, local data set or image folder",
+        required=True,
+    )
+    parser.add_argument(
+        "--num_images", type=positive_integer, default=1000, help="highest number of images of all classes"
+    )
+    parser.add_argument(
+        "--num_evaluations",
+        type=positive_integer,
+        default=32,
+        help="number of evaluations of the denoiser for each class",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise")
+    add_device_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Calibrates the model and prints how well the calibrated classifier does on the same images."""
+    from ..classification import class_errors, fit_calibration, measure_classification
+    from ..evaluation import balanced_subset
+    from ..visualization import class_names
+
+    if not Path(args.model).is_dir():
+        raise ValueError(
+            f"{args.model!r} is not a folder; a calibration is kept in the folder of a saved pipeline."
+        )
+    pipeline = load_pipeline(args.model, device=args.device)
+    classifier = as_classifier(pipeline)
+    classifier.set_progress_bar_config(disable=True)
+    reference = load_reference_of(args, pipeline, "validation")
+    held_out = balanced_subset(reference.validation, args.num_images)
+    errors = class_errors(classifier, held_out, args.num_evaluations, seed=args.seed)
+    calibration = fit_calibration(errors, held_out.labels)
+    # Only the index is written anew, with the code beside it; the weights stay as they are.
+    pipeline.register_to_config(calibration=calibration)
+    pipeline.save_config(args.model)
+    weights = classifier.band_weights(errors.sigmas, calibration, held_out.images[0].numel())
+    measures = measure_classification(
+        (-(errors.errors * weights).mean(-1)).softmax(1), held_out.labels, class_names(pipeline)
+    )
+    print(f"calibration: {calibration['weights']}")
+    print(
+        f"On the {len(held_out)} images of the fit, the accuracy is {measures['accuracy']:.3f}, the log-loss "
+        f"{measures['log_loss']:.3f} and the calibration error {measures['calibration_error']:.3f}."
+    )

@@ -1,0 +1,111 @@
+"""`pet-pipeline classify`: tells the class of image files."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .loading import as_classifier, load_pipeline
+from .options import HelpFormatter, add_device_option, add_model_option, positive_integer, seed
+
+
+IMAGES_AT_ONCE = 50
+
+
+def add_parser(commands: Any) -> None:
+    """Describes the command to argparse."""
+    parser = commands.add_parser(
+        "classify",
+        help="tell the class of images",
+        description="Tells the class of each image, one line for each. A file that is not an image is named, "
+        "and the other files are still classified.",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of image files"
+    )
+    add_model_option(parser)
+    parser.add_argument(
+        "--num_evaluations",
+        type=positive_integer,
+        default=32,
+        help="highest number of evaluations of the denoiser for each class",
+    )
+    parser.add_argument(
+        "--weighting",
+        choices=["calibrated", "elbo"],
+        default="calibrated",
+        help="weights of the noise levels: fitted to held-out images, or those of the likelihood bound",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise")
+    add_device_option(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each image")
+    parser.add_argument(
+        "--evidence", type=Path, metavar="FILE", help="draw why each image was classified, into this file"
+    )
+    parser.set_defaults(run=run)
+
+
+def image_files(paths: list[Path]) -> list[Path]:
+    """Returns the files among the paths and in the folders among them, without hidden files.
+
+    Raises:
+        ValueError: if there is no file.
+    """
+    files = []
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        files += [file for file in inside if not file.is_dir() and (file == path or file.name[0] != ".")]
+    if not files:
+        raise ValueError(f"There is no file in {', '.join(map(str, paths))}.")
+    return files
+
+
+def run(args: argparse.Namespace) -> None:
+    """Classifies the images, and ends with an error if one of them could not be read."""
+    import torch
+    from PIL import Image
+
+    from ..pipeline_pet_classification import IMAGE_FORMATS, eight_bit_image
+    from ..visualization import class_names, evidence_figure
+
+    files = image_files(args.images)
+    pipeline = as_classifier(load_pipeline(args.model, device=args.device))
+    pipeline.set_progress_bar_config(disable=True)
+    good, tensors = [], []
+    for file in files:
+        try:
+            tensors.append(pipeline.prepare_image(file, str(file)) / 2 + 0.5)
+            good.append(file)
+        except ValueError as error:
+            print(f"pet-pipeline: {error}", file=sys.stderr)
+    if not good:
+        raise ValueError("None of the files can be classified.")
+    evidence = []
+    for start in range(0, len(good), IMAGES_AT_ONCE):
+        output = pipeline(
+            tensors[start : start + IMAGES_AT_ONCE],
+            num_evaluations=args.num_evaluations,
+            weighting=args.weighting,
+            generator=torch.Generator().manual_seed(args.seed),
+            return_evidence=args.evidence is not None,
+        )
+        evidence += output.evidence or []
+        for file, label, probabilities, evaluations in zip(
+            good[start:], output.labels, output.probabilities, output.num_evaluations
+        ):
+            if args.json:
+                record = {"image": str(file), "label": label, "probabilities": probabilities}
+                print(json.dumps({**record, "num_evaluations": evaluations}, ensure_ascii=False), flush=True)
+            else:
+                shares = ", ".join(f"{name} {share:.1%}" for name, share in probabilities.items())
+                print(f"{file}: {label} ({shares}; {evaluations} evaluations)", flush=True)
+    if args.evidence is not None:
+        pictures = []
+        for file in good:
+            with Image.open(file, formats=IMAGE_FORMATS) as picture:
+                pictures.append(eight_bit_image(picture))
+        evidence_figure(pictures, evidence, class_names(pipeline)).save(args.evidence)
+    if len(good) < len(files):
+        raise ValueError(f"{len(files) - len(good)} of {len(files)} files could not be classified.")

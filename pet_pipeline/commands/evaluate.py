@@ -1,0 +1,181 @@
+"""`pet-pipeline evaluate`: measures the images or the classifications of a model against a data set."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..sampling import SampleSettings
+from .loading import as_classifier, load_pipeline, load_reference_of
+from .options import (
+    HelpFormatter,
+    add_device_option,
+    add_model_option,
+    add_reference_options,
+    add_sampling_options,
+    positive_integer,
+    sample_settings,
+    seed,
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Describes the command to argparse."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure the images or the classifications of a model",
+        description="Compares a model's images with a data set: Fréchet and kernel distance, precision and "
+        "recall, class accuracy, memorisation, evaluations and speed. It prints a Markdown table and writes "
+        "evaluation.json, a grid of the first images, and the images that are closest to a copy.",
+        formatter_class=HelpFormatter,
+    )
+    add_model_option(parser, positional=True)
+    add_reference_options(parser, "data set: Hub id, local data set or image folder", required=True)
+    parser.add_argument(
+        "--split",
+        default="train",
+        help="split to compare with: train, validation (held out of train), or another split of the data set",
+    )
+    parser.add_argument(
+        "--num_images", type=positive_integer, default=1000, help="number of images of all classes"
+    )
+    parser.add_argument(
+        "--features",
+        choices=["efficientnet", "inception"],
+        default="efficientnet",
+        help="network whose features are compared; inception gives the usual FID and KID, but its weights "
+        "are downloaded",
+    )
+    parser.add_argument(
+        "--floors", action="store_true", help="also measure real images and plain colours, for scale"
+    )
+    parser.add_argument(
+        "--classification",
+        action="store_true",
+        help="measure the classifier instead, on `--num_images` images of the split; this writes "
+        "classification.json and reliability.png",
+    )
+    parser.add_argument(
+        "--num_evaluations",
+        type=positive_integer,
+        default=32,
+        help="highest number of evaluations that the classifier makes for each class",
+    )
+    parser.add_argument(
+        "--curve",
+        action="store_true",
+        help="also measure the classifier's accuracy by its number of evaluations, which takes longer",
+    )
+    add_sampling_options(parser)
+    add_device_option(parser)
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="seed of the first image; the seeds of the next images count up"
+    )
+    parser.add_argument(
+        "--batch_size", type=positive_integer, default=64, help="number of images that are drawn at once"
+    )
+    parser.add_argument("--out", default="evaluation", metavar="FOLDER", help="folder of the results")
+    parser.set_defaults(run=run, check=partial(check, parser))
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with a message if an option would have no effect."""
+    if args.classification:
+        word, unused = "with", [*SampleSettings.options(), "features", "floors"]
+    else:
+        word, unused = "without", ["num_evaluations", "curve"]
+    for name in unused:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} has no effect {word} --classification")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures the model and writes the results."""
+    if args.classification:
+        run_classification(args)
+    else:
+        run_images(args)
+
+
+def run_images(args: argparse.Namespace) -> None:
+    """Measures the images of the model."""
+    from ..evaluation import evaluate, generated_grid, neighbor_grid, save_record
+    from ..hub import markdown_table
+    from ..metrics import FEATURE_EXTRACTORS
+    from ..visualization import class_names
+
+    settings = sample_settings(args)
+    extractor = FEATURE_EXTRACTORS[args.features]()
+    pipeline = load_pipeline(args.model, args.scheduler, args.device)
+    pipeline.set_progress_bar_config(leave=False)
+    reference = load_reference_of(args, pipeline, args.split)
+    # Features and classes are computed on the CPU, so that the numbers are the same everywhere.
+    record, generated = evaluate(
+        pipeline,
+        reference,
+        extractor,
+        args.num_images,
+        args.batch_size,
+        args.seed,
+        with_floors=args.floors,
+        **settings.call_arguments(pipeline),
+    )
+    is_local = Path(args.reference).exists()
+    record["settings"] = {
+        "model": args.model,
+        # An absolute path cannot be taken for a Hub id.
+        "reference": str(Path(args.reference).resolve()) if is_local else args.reference,
+        "split": args.split,
+        **({} if args.scheduler is None else {"scheduler": args.scheduler}),
+        **record["settings"],
+    }
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    save_record(record, out / "evaluation.json")
+    neighbor_grid(generated.images, reference).save(out / "neighbors.png")
+    generated_grid(generated, class_names(pipeline)).save(out / "generated.png")
+    print(markdown_table(record, Path(args.model).name if args.model else "bundled model"))
+    print(f"evaluation.json, generated.png and neighbors.png are in {out}.")
+
+
+def run_classification(args: argparse.Namespace) -> None:
+    """Measures the classifications of the model."""
+    from ..classification import accuracy_curve, evaluate_classification
+    from ..evaluation import balanced_subset, class_accuracy, load_classifier, save_record
+    from ..visualization import class_names, reliability_diagram
+
+    pipeline = as_classifier(load_pipeline(args.model, device=args.device))
+    pipeline.set_progress_bar_config(disable=True)
+    names = class_names(pipeline)
+    reference = load_reference_of(args, pipeline, args.split)
+    images = balanced_subset(reference.images, args.num_images)
+    measures, probabilities = evaluate_classification(
+        pipeline, images, args.num_evaluations, args.batch_size, args.seed
+    )
+    record = {
+        "settings": {
+            "model": args.model,
+            "reference": args.reference,
+            "split": args.split,
+            "num_evaluations": args.num_evaluations,
+            "seed": args.seed,
+        },
+        "measures": measures,
+    }
+    network = load_classifier(names, pipeline.transformer.config.sample_size)
+    if network is not None:
+        measures["network_accuracy"] = class_accuracy(images.images, images.labels, network)
+    if args.curve:
+        record["curve"] = accuracy_curve(pipeline, images, args.num_evaluations, args.batch_size, args.seed)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    save_record(record, out / "classification.json")
+    reliability_diagram(probabilities, images.labels).save(out / "reliability.png")
+    print("| measure | value |\n|---|---|")
+    for name, value in measures.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {share:.3f}" for key, share in value.items())
+        print(f"| {name.replace('_', ' ')} | {value if isinstance(value, (str, int)) else f'{value:.4f}'} |")
+    for point in record.get("curve", []):
+        print("| " + " | ".join(str(value) for value in point.values()) + " |")
+    print(f"classification.json and reliability.png are in {out}.")

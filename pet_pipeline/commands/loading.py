@@ -1,0 +1,85 @@
+"""Loading of models and data sets for the commands, with errors of one line."""
+
+import argparse
+import textwrap
+from typing import TYPE_CHECKING
+
+from ..sampling import scheduler_by_name
+
+
+if TYPE_CHECKING:
+    from ..evaluation import Reference
+    from ..pipeline_pet_classification import PetClassificationPipeline
+    from ..pipeline_pet_diffusion import PetDiffusionPipeline
+
+
+def load_pipeline(
+    model: str | None, scheduler: str | None = None, device: str | None = None, dtype: str = "float32"
+) -> "PetDiffusionPipeline":
+    """Loads a saved pipeline, or the model of the package.
+
+    Args:
+        model (`str`, *optional*): folder or Hub id; `None` for the model of the package.
+        scheduler (`str`, *optional*): see [`scheduler_by_name`].
+        device (`str`, *optional*): the default is a GPU where there is one.
+        dtype (`str`, defaults to `"float32"`): precision of the weights.
+
+    Raises:
+        ValueError: if the pipeline cannot be loaded, or the device or the scheduler cannot be used.
+    """
+    import torch
+    from diffusers.utils import logging
+
+    from ..pipeline_pet_diffusion import PetDiffusionPipeline
+
+    logging.disable_progress_bar()  # loading is fast, and sampling has a progress bar of its own
+    try:
+        pipeline = PetDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    except MemoryError:
+        raise
+    except Exception as error:  # diffusers and safetensors raise many kinds of exceptions for damaged files
+        message = textwrap.shorten(str(error) or type(error).__name__, 500)
+        raise ValueError(f"The model {model!r} cannot be loaded: {message}") from error
+    if scheduler is not None:
+        pipeline.scheduler = scheduler_by_name(scheduler, pipeline.scheduler)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def as_classifier(pipeline: "PetDiffusionPipeline") -> "PetClassificationPipeline":
+    """Returns a classifier that shares the weights of a pipeline.
+
+    `PetClassificationPipeline.from_pipe` does the same, but diffusers warns of its cast even if the cast
+    changes nothing.
+    """
+    from ..pipeline_pet_classification import PetClassificationPipeline
+
+    return PetClassificationPipeline(
+        pipeline.transformer,
+        pipeline.scheduler,
+        id2label=pipeline.id2label,
+        calibration=pipeline.config.calibration,
+    )
+
+
+def load_reference_of(args: argparse.Namespace, pipeline: "PetDiffusionPipeline", split: str) -> "Reference":
+    """Loads the data set of the options of [`add_reference_options`] for the classes of a pipeline."""
+    from ..evaluation import load_reference
+    from ..visualization import class_names
+
+    return load_reference(
+        args.reference,
+        class_names(pipeline),
+        pipeline.transformer.config.sample_size,
+        split,
+        args.validation_fraction,
+        args.max_train_samples,
+        dataset_config_name=args.dataset_config_name,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        cache_dir=args.cache_dir,
+    )
