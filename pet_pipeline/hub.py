@@ -429,9 +429,10 @@ def space_files(model_id: str, private: bool = False) -> dict[str, bytes]:
             "that may read it.\n"
         )
     files = {"app.py": app, "requirements.txt": "\n".join(SPACE_REQUIREMENTS) + "\n", "README.md": card}
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    package = Path(__file__).parent
     return {name: text.encode() for name, text in files.items()} | {
-        f"pet_pipeline/{source.name}": source.read_bytes() for source in sources
+        f"pet_pipeline/{source.relative_to(package).as_posix()}": source.read_bytes()
+        for source in sorted(package.rglob("*.py"))
     }
 
 

@@ -164,8 +164,8 @@ def test_classify_names_bad_files_and_classifies_the_others(saved, image_folder,
     assert f"{folder / 'a.png'}: " in capsys.readouterr().out
     for words, message in (
         ([str(folder / "inside")], "There is no file"),
-        ([str(folder / "b.txt")], "None of the files is an image"),
-        ([str(folder / "missing.png")], "None of the files is an image"),
+        ([str(folder / "b.txt")], "None of the files can be classified"),
+        ([str(folder / "missing.png")], "None of the files can be classified"),
         ([str(folder / "a.png"), "--num_evaluations", "3"], "even"),
     ):
         assert main(["classify", *words, "--model", saved]) == 1
@@ -196,7 +196,7 @@ def test_calibrate_keeps_weights_and_evaluate_uses_them(saved, image_folder, tmp
         warnings.filterwarnings("error", "This pipeline is not calibrated")  # it is about to be
         assert main(["calibrate", *words, "--num_evaluations", "16"]) == 0
     assert other.read_text() == code
-    assert "4 images, by which it was fitted: accuracy" in capsys.readouterr().out
+    assert "On the 4 images of the fit, the accuracy is" in capsys.readouterr().out
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "model").rglob("*.safetensors")}
     weights = PetDiffusionPipeline.from_pretrained(saved).config.calibration["weights"]
     assert len(weights) == NUM_BANDS and min(weights) >= 0
@@ -207,7 +207,7 @@ def test_calibrate_keeps_weights_and_evaluate_uses_them(saved, image_folder, tmp
     assert record["measures"]["num_images"] == 8 and len(record["curve"]) == 4
     assert "| accuracy |" in capsys.readouterr().out
     assert main(["calibrate", "nowhere", "--reference", str(image_folder)]) == 1
-    assert "'nowhere' is no folder" in capsys.readouterr().err
+    assert "'nowhere' is not a folder" in capsys.readouterr().err
 
 
 def test_a_calibration_needs_every_band(saved, image_folder, tmp_path, capsys):

@@ -239,7 +239,7 @@ def test_evaluate_with_a_scheduler_of_diffusers(pipeline, image_folder, tmp_path
 def test_evaluate_refuses_options_without_a_use(words, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["evaluate", "--reference", "any", *words])
-    assert exit_info.value.code == 2 and "has no use with" in capsys.readouterr().err
+    assert exit_info.value.code == 2 and "has no effect with" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(monkeypatch):
