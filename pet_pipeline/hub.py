@@ -5,7 +5,10 @@ Training state stays at home, and so do local paths and the token.
 """
 
 import json
+import os
 import re
+import reprlib
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +44,8 @@ PIPELINE_FILES = ("pipeline_pet_diffusion.py", "pipeline_pet_classification.py")
 # Of an evaluation the numbers alone: its pictures may show images of a data set that nobody else has.
 OPTIONAL_FILES = ("README.md", "samples.png", "evaluation.json")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+# The name of a file or of a component's folder, which excludes hidden files, `..`, drives and separators.
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,199}")
 # Libraries whose classes need no source file beside the weights.
 KNOWN_LIBRARIES = ("diffusers", "transformers")
 
@@ -56,6 +61,16 @@ COLUMNS = {
     "memorization_ratio": ("memorised", "{:.4f}"),
     "nearest_distance": ("nearest, RMS", "{:.3f}"),
     "validation_loss": ("validation loss", "{:.4f}"),
+}
+
+# How a card tells of the settings of an evaluation.
+SETTING_PHRASES = {
+    "seed": "seeds from {} on",
+    "num_inference_steps": "{} steps",
+    "guidance_scale": "guidance {}",
+    "guidance_schedule": "schedule `{}`",
+    "pag_scale": "perturbed attention {}",
+    "scheduler": "scheduler `{}`",
 }
 
 # Options of `train_pet.py` that a card may show; none of them is a path or a secret.
@@ -132,128 +147,212 @@ class TrainingReport:
     validation_loss: float | None = None
 
 
-def hub_id(name: str | None) -> str | None:
-    """Returns `name` if it can be the id of a repository on the Hub, `None` if it is a local path."""
-    if name is None or Path(name).exists():
-        return None
+def hub_id(name: Any) -> str | None:
+    """Returns `name` if `name` can be the id of a repository on the Hub, and `None` if it is a local path."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return None
-    return name
+    return None if name is None or Path(name).exists() else name
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file.
+
+    Raises:
+        ValueError: if the file is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"{str(path)!r} must be UTF-8 text: {error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        ValueError: if the file holds none.
+        ValueError: if the file does not hold a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(read_text(path))
+        write_json(content)  # JSON can escape half of a surrogate pair, which UTF-8 cannot encode
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} has to hold a JSON object.")
+        raise ValueError(f"{str(path)!r} must hold a JSON object.")
     return content
+
+
+def write_json(content: Any) -> bytes:
+    """Returns a value as indented JSON in UTF-8."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 # What is published
 
 
-def component_libraries(index: dict[str, Any]) -> dict[str, str]:
-    """Returns the library, or the stem of the source file, of every component that an index names."""
-    return {
-        name: value[0]
-        for name, value in index.items()
-        if isinstance(value, list) and not name.startswith("_") and value[0] is not None
-    }
+def path_inside(folder: Path, name: str) -> Path:
+    """Returns the path of a file or a folder of a pipeline, after the check that it lies inside the pipeline.
+
+    Everything that is read for an upload is found by this function, because names come from the files of the
+    folder, which somebody else may have written.
+
+    Args:
+        folder (`Path`): the folder of the pipeline.
+        name (`str`): `"FILE"`, `"COMPONENT"` or `"COMPONENT/FILE"`.
+
+    Raises:
+        ValueError: if `name` is not such a name, or if a link at that place leads out of the folder. The
+            links of the Hub's cache, from a snapshot to the `blobs` of the same repository, are allowed.
+    """
+    parts = name.split("/")
+    if len(parts) > 2 or not all(PLAIN_NAME.fullmatch(part) for part in parts):
+        raise ValueError(f"{reprlib.repr(name)} in {str(folder)!r} is not the name of a file in that folder.")
+    root, target = (Path(os.path.realpath(path)) for path in (folder, folder / name))
+    roots = [root]
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        roots.append(root.parent.parent / "blobs")
+    if not any(target.is_relative_to(allowed) for allowed in roots):
+        raise ValueError(f"{str(folder / name)!r} is a link that leads out of the folder of the pipeline.")
+    return folder / name
+
+
+def file_names(folder: Path, component: str) -> list[str]:
+    """Lists the files in the folder of a component, without hidden files."""
+    paths = sorted(path_inside(folder, component).glob("*"))
+    names = [f"{component}/{path.name}" for path in paths if PLAIN_NAME.fullmatch(path.name)]
+    return [name for name in names if path_inside(folder, name).is_file()]
+
+
+def read_index(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """Reads which sources and components a saved pipeline has.
+
+    Returns:
+        `tuple[str | None, dict[str, str]]`: the stem of the source file of the pipeline, `None` if the
+        pipeline's class is not of the folder, and the library, or the stem of the source file, of each
+        component.
+
+    Raises:
+        ValueError: if the index is missing or is not the index of a pipeline.
+    """
+    path = path_inside(folder, INDEX)
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} is not a saved pipeline: it has no {INDEX}.")
+    index = read_json(path)
+
+    pairs = {key: value for key, value in index.items() if isinstance(value, list) and key[:1] != "_"}
+    # A component that this pipeline does without is a pair of nulls.
+    pairs = {key: pair for key, pair in pairs.items() if pair != [None, None]}
+    class_name = index.get("_class_name")
+    if not isinstance(class_name, str):
+        pairs["_class_name"] = class_name
+    for key, pair in pairs.items():
+        is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
+        if not is_pair:
+            raise ValueError(
+                f"{reprlib.repr(key)} in {str(path)!r} must be a library and a class, but is "
+                f"{reprlib.repr(pair)}."
+            )
+    libraries = {key: library for key, (library, _) in pairs.items()}
+    return libraries.pop("_class_name", None), libraries
 
 
 def published_files(folder: str | Path) -> list[str]:
-    """Lists what is published of a saved pipeline, as paths inside its folder.
+    """Lists which files of a saved pipeline are published, as paths inside its folder.
 
     Args:
-        folder (`str` or `Path`): what `save_pretrained` wrote; other files beside it are left out.
+        folder (`str` or `Path`): a folder that `save_pretrained` wrote; other files in it are left out.
 
     Raises:
-        ValueError: if the pipeline is incomplete, or its weights are not safetensors.
+        ValueError: if the pipeline is incomplete, if its weights are not safetensors, or if a name in its
+            files or a link leads out of the folder.
     """
     folder = Path(folder)
-    if not (folder / INDEX).is_file():
-        raise ValueError(f"{str(folder)!r} is not a saved pipeline: it has no {INDEX}.")
-    index = read_json(folder / INDEX)
-    files = [INDEX]
-    if isinstance(index.get("_class_name"), list):  # [stem of the source file, class]
-        files.append(f"{index['_class_name'][0]}.py")
-    for component, library in component_libraries(index).items():
-        names = sorted(path.name for path in (folder / component).glob("*") if path.is_file())
+    source, components = read_index(folder)
+    files = [INDEX] if source is None else [INDEX, f"{source}.py"]
+    for component, library in components.items():
+        names = file_names(folder, component)
         weights = [name for name in names if name.endswith(".safetensors")]
         pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
         configs = [name for name in names if name.endswith(".json")]
         if pickles and not weights:
             raise ValueError(
-                f"{str(folder)!r} holds the weights of its {component} as a pickle only ({pickles[0]}), and "
-                "loading one can run code: load it yourself, and save it with `save_pretrained`."
+                f"{str(folder)!r} holds the weights of `{component}` only as a pickle ({pickles[0]}). "
+                "Loading a pickle can run code. Load the pipeline yourself, and save it with "
+                "`save_pretrained`."
             )
-        if not configs or ("config.json" in configs and not weights):  # a scheduler has no config.json
+        # A scheduler has no config.json.
+        if not configs or (f"{component}/config.json" in configs and not weights):
             lack = "safetensors" if configs else "configuration"
-            raise ValueError(f"{str(folder)!r} is not a complete pipeline: its {component} has no {lack}.")
+            raise ValueError(f"{str(folder)!r} is not a complete pipeline: `{component}` has no {lack}.")
         for name in configs:
             if name.endswith(".safetensors.index.json"):
-                shards = read_json(folder / component / name).get("weight_map", {}).values()
-                weights = sorted({*weights, *shards})
-        files += [f"{component}/{name}" for name in (*configs, *weights)]
+                weights += [f"{component}/{shard}" for shard in read_shards(path_inside(folder, name))]
+        files += [*configs, *sorted(set(weights))]
         if library not in KNOWN_LIBRARIES:
             files.append(f"{component}/{library}.py")
-    missing = [name for name in files if not (folder / name).is_file()]
+    missing = [name for name in files if not path_inside(folder, name).is_file()]
     if missing:
         raise ValueError(
-            f"{str(folder)!r} is not a complete pipeline, as {', '.join(missing)} is missing: load it with "
-            "`PetDiffusionPipeline.from_pretrained`, and save it with `save_pretrained`."
+            f"{str(folder)!r} is not a complete pipeline, because {', '.join(missing)} is missing. Load the "
+            "pipeline with `PetDiffusionPipeline.from_pretrained`, and save it with `save_pretrained`."
         )
     others = [name for name in (*PIPELINE_FILES, *OPTIONAL_FILES) if name not in files]
-    return files + [name for name in others if (folder / name).is_file()]
+    return files + [name for name in others if path_inside(folder, name).is_file()]
+
+
+def read_shards(path: Path) -> list[str]:
+    """Reads the names of the files over which weights are split from the index of these files.
+
+    Raises:
+        ValueError: if the index does not map the names of tensors to the names of files.
+    """
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"`weight_map` in {str(path)!r} must map the names of tensors to files.")
+    return list(shards.values())
 
 
 def published_content(folder: Path, name: str, repo_id: str) -> Path | bytes:
-    """Returns a file as it is published: local paths are left out, and the card names its repository."""
-    path = folder / name
+    """Returns a file as it is published: without local paths, and the card with the id of its repository."""
+    path = path_inside(folder, name)
     if name == "README.md":
         return published_card(folder, repo_id).encode()
+    if name == "evaluation.json":
+        record = read_evaluation(path)
+        reference = hub_id(record["settings"].get("reference")) or "local data set"
+        record["settings"] |= {"model": repo_id, "reference": reference}
+        return write_json(record)
     if path.suffix != ".json":
         return path
     content = read_json(path)
-    if name == "evaluation.json":
-        settings = content.get("settings", {})
-        content["settings"] = {
-            **settings,
-            "model": repo_id,
-            "reference": hub_id(settings.get("reference")) or "local data set",
-        }
-    elif "_name_or_path" in content:  # where diffusers notes the folder that the pipeline was loaded from
-        del content["_name_or_path"]
-    else:
+    if "_name_or_path" not in content:  # where diffusers notes the folder that the pipeline was loaded from
         return path
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    del content["_name_or_path"]
+    return write_json(content)
 
 
 def published_card(folder: Path, repo_id: str) -> str:
-    """Returns the folder's card, which loads the pipeline from the repository and tells of its evaluation."""
-    text = (folder / "README.md").read_text(encoding="utf-8")
+    """Returns the card with the id of its repository, and with the folder's evaluation if there is one.
+
+    Raises:
+        ValueError: if the metadata of the card or the record of the evaluation are not valid.
+    """
+    path, evaluation = path_inside(folder, "README.md"), path_inside(folder, "evaluation.json")
+    text = read_text(path)
     # A card names its own folder, which has no slash; ids of other repositories have one.
     text = re.sub(r"from_pretrained\(\"[^\"/]+\"", f'from_pretrained("{repo_id}"', text)
-    if EVALUATION_PART.search(text) and (folder / "evaluation.json").is_file():
-        try:
-            card = ModelCard(text)
-        except Exception as error:  # of the YAML parser, or of the metadata's values
-            message = " ".join(str(error).split())
-            raise ValueError(
-                f"The metadata of {str(folder / 'README.md')!r} are not valid: {message}"
-            ) from None
-        add_evaluation(card, read_evaluation(folder / "evaluation.json"), repo_id)
+    record = read_evaluation(evaluation) if evaluation.is_file() else None
+    try:
+        card = ModelCard(text)
+        if record is None or not EVALUATION_PART.search(text):
+            return text
+        add_evaluation(card, record, repo_id)
         return card.content
-    return text
+    except Exception as error:  # of the YAML parser, or of the metadata's values
+        message = textwrap.shorten(str(error), 300)
+        raise ValueError(f"The metadata of {str(path)!r} are not valid: {message}") from None
 
 
 # The Hub
@@ -314,6 +413,12 @@ def hub_client(token: str | None = None) -> HfApi:
     return HfApi(token=token)
 
 
+def full_repo_id(repo_id: str, api: HfApi) -> str:
+    """Returns `"USER/NAME"` for the `"NAME"` of a repository of the token's owner."""
+    validate_repo_id(repo_id)
+    return repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+
+
 def create_repository(
     repo_id: str, private: bool | None = None, token: str | None = None, repo_type: str = "model"
 ) -> ModelInfo | SpaceInfo:
@@ -370,24 +475,28 @@ def push_folder(
         ValueError: if the folder is not a complete pipeline of safetensors, or see [`create_repository`].
         OSError: if the Hub cannot be reached, or refuses.
     """
-    folder = Path(folder)
     files = published_files(folder)
-    components = component_libraries(read_json(folder / INDEX))
-    api = hub_client(token)
+    folder, api = Path(folder), hub_client(token)
+    with readable_errors(repo_id, api):
+        repo_id = full_repo_id(repo_id, api)
+    additions = [CommitOperationAdd(name, published_content(folder, name, repo_id)) for name in files]
+    with readable_errors(repo_id, api):
+        for addition in additions:
+            if addition.path_in_repo == "README.md":
+                ModelCard(addition.path_or_fileobj.decode()).validate()
+    # Whatever can be refused has been checked: a repository that is created now does not stay empty.
     info = create_repository(repo_id, private, token)
-    remote = [sibling.rfilename for sibling in info.siblings or []]
+    folders = {name.rpartition("/")[0] for name in files} - {""}
     stale = [
-        name
-        for name in remote
-        if name not in files and (name.partition("/")[0] in components or name in EVALUATION_FILES)
+        sibling.rfilename
+        for sibling in info.siblings or []
+        if sibling.rfilename not in files
+        and (sibling.rfilename.rpartition("/")[0] in folders or sibling.rfilename in EVALUATION_FILES)
     ]
-    operations = [
-        *(CommitOperationDelete(name, is_folder=False) for name in stale),
-        *(CommitOperationAdd(name, published_content(folder, name, info.id)) for name in files),
-    ]
-    with readable_errors(info.id, api):
+    operations = [*(CommitOperationDelete(name, is_folder=False) for name in stale), *additions]
+    with readable_errors(repo_id, api):
         # `upload_folder` may make several commits, between which the repository would not load.
-        return api.create_commit(info.id, operations, commit_message=commit_message).commit_url
+        return api.create_commit(repo_id, operations, commit_message=commit_message).commit_url
 
 
 # The Space
@@ -450,9 +559,10 @@ def push_space(model_id: str, token: str | None = None, commit_message: str = "U
         ValueError, OSError: see [`push_folder`].
     """
     api = hub_client(token)
-    model = create_repository(model_id, token=token)
-    info = create_repository(model.id, model.private or None, token, "space")
+    with readable_errors(model_id, api):
+        model = api.model_info(full_repo_id(model_id, api))
     files = space_files(model.id, bool(model.private))
+    info = create_repository(model.id, model.private or None, token, "space")
     remote = [sibling.rfilename for sibling in info.siblings or []]
     stale = [name for name in remote if name not in files and name.startswith("pet_pipeline/")]
     operations = [
@@ -544,13 +654,47 @@ def render_model_card(
 def read_evaluation(path: Path) -> dict[str, Any]:
     """Reads the record of an evaluation; see [`evaluate`].
 
+    Returns:
+        `dict`: the record, in which `settings` and `floors` may be empty.
+
     Raises:
-        ValueError: if the file is something else.
+        ValueError: if the file is not the record of an evaluation.
     """
-    record = read_json(path)
-    if not isinstance(record.get("measures"), dict):
-        raise ValueError(f"{str(path)!r} is not a record of `pet-pipeline evaluate`: it has no measures.")
+    record = {"settings": {}, "floors": {}, **read_json(path)}
+
+    def check(name: str, value: Any, valid: bool) -> None:
+        if not valid:
+            raise ValueError(
+                f"{str(path)!r} is not a record of `pet-pipeline evaluate`: {reprlib.repr(name)} is "
+                f"{reprlib.repr(value)}."
+            )
+
+    for name in ("settings", "measures", "floors"):
+        check(name, record.get(name), isinstance(record.get(name), dict))
+    for name, measures in record["floors"].items():
+        check("floors", record["floors"], is_plain_text(name) and isinstance(measures, dict))
+    numbers = {name: record.get(name) for name in ("evaluations_per_image", "images_per_second")}
+    numbers |= {name: record["measures"].get(name) for name in ("num_images", "num_reference_images")}
+    if "memorization_ratio" in record["measures"]:
+        numbers["nearest_distance"] = record["measures"].get("nearest_distance")
+    for table in (numbers, record["measures"], *record["floors"].values()):
+        for name, value in table.items():
+            check(name, value, is_number(value))
+    check("date", record.get("date"), is_plain_text(record.get("date")))
+    for name in (*SETTING_PHRASES, "reference", "split"):
+        value = record["settings"].get(name, 0)
+        check(name, value, value is None or is_number(value) or is_plain_text(value))
     return record
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that can be formatted as a float."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+def is_plain_text(value: Any) -> bool:
+    """Whether a value of JSON is a short string without control characters, as a card can show it."""
+    return isinstance(value, str) and len(value) < 1000 and value.isprintable()
 
 
 def add_evaluation(card: ModelCard, record: dict[str, Any], model_name: str) -> None:
@@ -561,7 +705,7 @@ def add_evaluation(card: ModelCard, record: dict[str, Any], model_name: str) -> 
         record (`dict`): see [`evaluate`].
         model_name (`str`): names the model in the metadata of a card that has no results yet.
     """
-    settings, measures = record.get("settings", {}), record["measures"]
+    settings, measures = record["settings"], record["measures"]
     dataset_id = hub_id(settings.get("reference"))
     kept = [result for result in card.data.eval_results or [] if result.metric_type not in measures]
     card.data.model_name = card.data.model_name or model_name
@@ -604,17 +748,9 @@ def markdown_table(record: dict[str, Any], name: str) -> str:
 
 def evaluation_section(record: dict[str, Any]) -> str:
     """Returns the sections of a card that tell of an evaluation and of memorisation."""
-    settings, measures = record.get("settings", {}), record["measures"]
+    settings, measures = record["settings"], record["measures"]
     reference = hub_id(settings.get("reference"))
-    phrases = {
-        "seed": "seeds from {} on",
-        "num_inference_steps": "{} steps",
-        "guidance_scale": "guidance {}",
-        "guidance_schedule": "schedule `{}`",
-        "pag_scale": "perturbed attention {}",
-        "scheduler": "scheduler `{}`",
-    }
-    drawn = [phrase.format(settings[name]) for name, phrase in phrases.items() if name in settings]
+    drawn = [phrase.format(settings[name]) for name, phrase in SETTING_PHRASES.items() if name in settings]
     lines = [
         "## Evaluation",
         "",
@@ -634,7 +770,7 @@ def evaluation_section(record: dict[str, Any]) -> str:
             "features and the same number of images.",
         ]
     if "memorization_ratio" in measures:
-        unseen = record.get("floors", {}).get("unseen images", {}).get("nearest_distance")
+        unseen = record["floors"].get("unseen images", {}).get("nearest_distance")
         lines += [
             "",
             "## Memorisation",

@@ -1,15 +1,19 @@
 """Publishing and model cards, against a stand-in for the Hub on the loopback interface."""
 
 import configparser
+import itertools
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
+from typing import Any
 
 import httpx
 import huggingface_hub.constants
@@ -17,7 +21,7 @@ import pytest
 import torch
 import yaml
 from diffusers import EDMEulerScheduler
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, snapshot_download
 from packaging.requirements import Requirement
 from PIL import Image
 from support.hub_server import HubServer
@@ -33,6 +37,7 @@ from pet_pipeline.hub import (
     SPACE_REQUIREMENTS,
     TrainingReport,
     hub_id,
+    published_content,
     published_files,
     push_folder,
     push_space,
@@ -42,6 +47,21 @@ from pet_pipeline.hub import (
 
 
 TOKEN = "hf_secretsecretsecret"
+RECORD = {
+    "date": "2026-11-23",
+    "settings": {"num_images": 1000, "seed": 0, "num_inference_steps": 18, "reference": "uoft-cs/cifar10"},
+    "evaluations_per_image": 27.0,
+    "images_per_second": 9.5,
+    "measures": {
+        "num_images": 1000,
+        "num_reference_images": 1000,
+        "fd_efflite0": 12.5,
+        "kid_efflite0": 0.00625,
+        "memorization_ratio": 0.001,
+        "nearest_distance": 0.375,
+        "validation_loss": 0.25,
+    },
+}
 PIPELINE_FILES = {
     "model_index.json",
     "pipeline_pet_classification.py",
@@ -72,6 +92,8 @@ def use(server: HubServer, monkeypatch, token: str | None = TOKEN) -> HubServer:
     """Lets this process use the server, with the token in its environment."""
     # These are read from the environment once, when the library is imported.
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nowhere")
@@ -237,7 +259,7 @@ def test_hub_flags_that_make_no_sense_are_refused(words, message, capsys):
 
 def test_a_second_push_updates_the_repository(hub, saved, pipeline):
     (saved / "samples.png").write_bytes(b"picture")
-    (saved / "evaluation.json").write_text(json.dumps({"measures": {}, "settings": {"reference": "/x/y"}}))
+    (saved / "evaluation.json").write_text(json.dumps(RECORD | {"settings": {"reference": "/x/y"}}))
     (saved / "neighbors.png").write_bytes(b"somebody's photographs")
     push_folder(saved, "pets")
     repository = hub.repositories["user/pets"]
@@ -321,11 +343,11 @@ def test_folders_that_are_no_complete_pipeline_are_refused(hub, saved, tmp_path,
     content = weights.read_bytes()
     weights.unlink()
     for spoil, message in (
-        (lambda: None, "weights of its transformer as a pickle only"),
-        (weights.with_suffix(".bin").unlink, "its transformer has no safetensors"),
+        (lambda: None, "weights of `transformer` only as a pickle"),
+        (weights.with_suffix(".bin").unlink, "`transformer` has no safetensors"),
         (lambda: weights.write_bytes(content), None),
         ((saved / "transformer" / "transformer_pet.py").unlink, "transformer/transformer_pet.py is missing"),
-        ((saved / "scheduler" / "scheduler_config.json").unlink, "its scheduler has no configuration"),
+        ((saved / "scheduler" / "scheduler_config.json").unlink, "`scheduler` has no configuration"),
         (lambda: (saved / "model_index.json").write_text("{"), "is not JSON"),
         ((saved / "model_index.json").unlink, "is not a saved pipeline"),
     ):
@@ -336,6 +358,188 @@ def test_folders_that_are_no_complete_pipeline_are_refused(hub, saved, tmp_path,
     assert main(["push", str(tmp_path / "nowhere"), "pets"]) == 1
     assert "is not a saved pipeline" in capsys.readouterr().err
     assert not hub.requests
+
+
+# Hostile folders
+
+
+OUTSIDE: list[Path] = []  # folders that no test below may look into
+OPENED: list[str] = []  # what was opened or listed there
+
+
+def watch(event: str, args: tuple) -> None:
+    if OUTSIDE and event in ("open", "os.listdir", "os.scandir") and isinstance(args[0], (str, os.PathLike)):
+        path = Path(os.path.realpath(args[0]))
+        if any(path.is_relative_to(folder) for folder in OUTSIDE):
+            OPENED.append(str(path))
+
+
+sys.addaudithook(watch)
+
+
+@pytest.fixture
+def outside(saved, tmp_path) -> Iterator[Path]:
+    """A folder with everything that a component or a pipeline has, which nothing may read."""
+    folder = tmp_path / "outside"
+    shutil.copytree(saved / "transformer", folder)
+    (folder / "samples.png").write_bytes(b"private")
+    OUTSIDE[:], OPENED[:] = [folder], []
+    yield folder
+    OUTSIDE.clear()
+
+
+def push_is_refused(saved: Path, hub: HubServer, capsys, message: str) -> None:
+    assert main(["push", str(saved), "pets"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("pet-pipeline: ") and error.count("\n") == 1 and len(error) < 1000, error
+    assert re.search(message, error), error
+    assert not hub.repositories and not hub.storage
+    assert not OPENED
+
+
+def edit(path: Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["{outside}", "../outside", "transformer/../../outside", "transformer/.", "..", ".", "", "C:\\x", "a\\b"]
+    + ["~", "$HOME", ".git", "a\nb", "nul\0l", "\ud800", "x" * 10_000],
+    ids=lambda name: ascii(name[:30]),
+)
+@pytest.mark.parametrize("place", ["component", "library", "_class_name", "weight_map"])
+def test_names_that_are_not_of_the_folder_are_refused(hub, saved, outside, capsys, place, name):
+    name = name.format(outside=outside)
+    (outside.parent / "outside.py").write_text("secret = 1\n")
+    OUTSIDE.append(outside.parent / "outside.py")
+    if place == "component":
+        edit(saved / "model_index.json", **{name: ["diffusers", "AutoModel"]})
+    elif place == "library":
+        edit(saved / "model_index.json", transformer=[name, "AutoModel"])
+    elif place == "_class_name":
+        edit(saved / "model_index.json", _class_name=[name, "PetDiffusionPipeline"])
+    else:
+        shard = f"{name}/diffusion_pytorch_model.safetensors" if "outside" in name else name
+        index = {"weight_map": {"proj_out.weight": shard}}
+        (saved / "transformer" / "a.safetensors.index.json").write_text(json.dumps(index))
+    # With a suffix, some of these are names of files inside the folder, which are not there.
+    push_is_refused(saved, hub, capsys, "is not the name of a file|is missing|is not JSON: 'utf-8'")
+
+
+@pytest.mark.parametrize(
+    "name", ["samples.png", "transformer/config.json", "transformer/extra.json", "transformer", "README.md"]
+)
+def test_links_that_leave_the_folder_are_refused(hub, saved, outside, capsys, name):
+    path = saved / name
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.symlink_to(outside)
+    else:
+        path.unlink(missing_ok=True)
+        path.symlink_to(outside / "samples.png")
+    push_is_refused(saved, hub, capsys, "is a link that leads out of the folder")
+
+
+def test_a_snapshot_of_the_cache_of_the_hub_can_be_pushed(hub, saved, tmp_path):
+    push_folder(saved, "pets")
+    snapshot = Path(snapshot_download("user/pets", cache_dir=tmp_path / "cache"))
+    assert (snapshot / "model_index.json").is_symlink()
+    push_folder(snapshot, "copy")
+    assert hub.repositories["user/copy"].files == hub.repositories["user/pets"].files
+    # Links to another repository of the cache, and into a folder that only has the names of the cache's.
+    weights = snapshot / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    for private in (tmp_path / "cache" / "models--user--private" / "blobs", tmp_path / "blobs"):
+        private.mkdir(parents=True)
+        (private / "weights").write_bytes(content)
+        weights.unlink()
+        weights.symlink_to(private / "weights")
+        with pytest.raises(ValueError, match="is a link that leads out of the folder"):
+            push_folder(snapshot, "copy")
+
+
+SHAPES = [None, True, -1, 10**400, 0.5, float("nan"), "", "text\n# Title", "\ud800", "x" * 10_000, [], [[]]]
+SHAPES += [[1], [None, "a"], ["a", None], [{}, {}], ["a", "b", "c"], {}, {"a": []}, {"a": {"b": [1]}}]
+
+
+def variants(value: Any) -> Iterator[Any]:
+    """All values of JSON that differ from `value` in one place: another shape, or an entry more or less."""
+    yield from SHAPES
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield {other: value[other] for other in value if other != key}
+            yield from ({**value, key: variant} for variant in variants(item))
+        yield from ({**value, "a": shape} for shape in SHAPES)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from (value[:index] + [variant] + value[index + 1 :] for variant in variants(item))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model_index.json", "transformer/a.safetensors.index.json", "evaluation.json", "README.md"],
+)
+def test_every_shape_of_json_is_published_or_refused(saved, pipeline, name):
+    weights = "diffusion_pytorch_model.safetensors"
+    (saved / "transformer" / "a.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": {"proj_out.weight": weights}})
+    )
+    record = {**RECORD, "floors": {"unseen images": {"nearest_distance": 0.4, "fd_efflite0": 3.0}}}
+    (saved / "evaluation.json").write_text(json.dumps(record))
+    card = rendered(saved, pipeline, "uoft-cs/cifar10", validation_loss=0.3)
+    (saved / "README.md").write_text(card)
+    if name == "README.md":  # its front matter, as JSON is YAML
+        value, card = ModelCard(card).data.to_dict(), card.split("---\n", 2)[2]
+    else:
+        value = json.loads((saved / name).read_text())
+    refused = []
+    # Reading and writing YAML is slow: of the metadata, every seventh variant is tried.
+    for variant in itertools.islice(variants(value), 0, None, 7 if name == "README.md" else 1):
+        text = json.dumps(variant)
+        (saved / name).write_text(f"---\n{text}\n---\n{card}" if name == "README.md" else text)
+        try:
+            assert {name, "README.md"} <= set(published_files(saved))
+            for file in (name, "README.md"):
+                published_content(saved, file, "user/pets")
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000 and saved.name in str(error), text
+            refused.append(variant)
+    assert refused and len(refused) < len(list(variants(value)))
+
+
+def test_deeply_nested_json_is_refused(hub, saved, capsys):
+    (saved / "model_index.json").write_text("[" * 100_000)
+    push_is_refused(saved, hub, capsys, "is not JSON")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("evaluation.json", json.dumps({**RECORD, "settings": [1]}), "'settings' is \\[1\\]"),
+        ("evaluation.json", '{"measures": {}}', "is not a record of `pet-pipeline evaluate`"),
+        ("transformer/config.json", "[]", "must hold a JSON object"),
+        ("README.md", "---\nlicense: [\n---\n", "The metadata of .* are not valid"),
+        ("README.md", "---\nlicense: ''\n---\n", "not metadata"),  # known to the Hub alone
+        ("README.md", b"\xff", "must be UTF-8"),
+    ],
+)
+def test_a_push_that_is_refused_creates_no_repository(hub, saved, capsys, name, content, message):
+    (saved / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    push_is_refused(saved, hub, capsys, message)
+
+
+def test_files_that_cannot_be_read_are_refused(hub, saved, capsys, monkeypatch):
+    def refuse(*args: Any) -> None:  # as the system does, but not to the superuser
+        raise PermissionError(13, "Permission denied", "weights")
+
+    monkeypatch.setattr("huggingface_hub._commit_api.UploadInfo.from_path", refuse)
+    push_is_refused(saved, hub, capsys, "Permission denied")
+
+
+def test_a_space_of_a_model_that_is_not_there_creates_nothing(hub):
+    with pytest.raises(OSError, match="404 for 'user/pets'"):
+        push_space("user/pets")
+    assert not hub.repositories
 
 
 # The Space
@@ -476,23 +680,6 @@ def test_a_space_that_cannot_be_written_is_one_line(hub, saved, capsys):
 
 
 # The card
-
-
-RECORD = {
-    "date": "2026-11-23",
-    "settings": {"num_images": 1000, "seed": 0, "num_inference_steps": 18, "reference": "uoft-cs/cifar10"},
-    "evaluations_per_image": 27.0,
-    "images_per_second": 9.5,
-    "measures": {
-        "num_images": 1000,
-        "num_reference_images": 1000,
-        "fd_efflite0": 12.5,
-        "kid_efflite0": 0.00625,
-        "memorization_ratio": 0.001,
-        "nearest_distance": 0.375,
-        "validation_loss": 0.25,
-    },
-}
 
 
 def rendered(folder: Path, pipeline: PetDiffusionPipeline, dataset_name: str, **report) -> str:

@@ -99,6 +99,8 @@ class Handler(BaseHTTPRequestHandler):
         words = path.strip("/").split("/")
         if path == "/api/repos/create":
             return self.create(json.loads(body), authorization)
+        if path == "/api/whoami-v2":
+            return self.whoami(authorization)
         if path == "/api/validate-yaml":
             return self.check_card(json.loads(body))
         if words[0] == "api" and words[1] not in ("models", "spaces"):  # what is asked for by the way
@@ -137,6 +139,11 @@ class Handler(BaseHTTPRequestHandler):
         return self.commit(repository, repo_id, [json.loads(line) for line in body.splitlines()])
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
+
+    def whoami(self, authorization: str | None) -> None:
+        if authorization is None:
+            return self.refuse(401, "Invalid username or password.")
+        self.respond({"type": "user", "name": self.server.user})
 
     def create(self, data: dict, authorization: str | None) -> None:
         if authorization is None:
