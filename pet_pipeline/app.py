@@ -3,9 +3,11 @@
 Images travel inside the page, as data URLs; on disk is only what a browser uploads, until it has been read.
 """
 
+import asyncio
 import base64
 import html
 import io
+import ipaddress
 import os
 import queue
 import random
@@ -14,10 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,14 @@ import gradio as gr
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from gradio import processing_utils
+from gradio_client.utils import strip_invalid_filename_characters
 from PIL import Image
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .pipeline_pet_classification import (
     ClassificationEvidence,
@@ -53,13 +62,20 @@ from .visualization import (
 if TYPE_CHECKING:
     from .evaluation import Reference
 
-# What one request may ask for, and how many may wait.
+# What one request may ask for, and how many requests and files may wait.
 MAX_IMAGES = 16
 MAX_STEPS = 100
 MAX_GUIDANCE = 8
 MAX_EVALUATIONS = 256
 MAX_SEED = 2**32 - 1
 MAX_QUEUE = 16
+MAX_SESSIONS = 1000
+MAX_VISITOR_JOBS = 4
+LISTEN_SECONDS = 10.0
+MAX_REQUEST_BYTES = 2**16
+MAX_UPLOADS = 8
+MAX_VISITOR_UPLOADS = 2
+UPLOAD_SECONDS = 60.0
 MAX_UPLOAD_BYTES = 5 * 2**20
 MAX_UPLOAD_PIXELS = 2**24
 UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -70,10 +86,16 @@ CLASSIFIER_BATCH = 16
 COMPARED_STEPS = (5, 10, 20, 40)
 NUM_EXAMPLES = 8
 NUM_NEIGHBORS = 4
+MAX_GUIDANCE_FIGURES = 128
 
 # Choices that stand for `None`.
 NO_CLASS = "no class"
 AS_SAVED = "as saved"
+
+# The parts of Gradio's interface that the page uses; the others stay closed.
+USED_ROUTES = {"queue", "cancel", "reset", "heartbeat", "upload", "startup-events"}
+# A Space is reached only through proxies in private networks, which tell the address of the visitor.
+SPACE_PROXIES = "127.0.0.1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16"
 
 CSS = """
 .pet-row { display: flex; flex-wrap: wrap; gap: 6px; margin: 4px 0 14px; }
@@ -633,17 +655,21 @@ def build_app(
     classifier.set_progress_bar_config(disable=True)
     examples = example_images(pipeline, reference)
 
-    def draw_guidance(*values: Any) -> str:
-        with shown_errors():
-            settings = Settings.from_inputs(*values)
-            sigmas, weights = guidance_weights(
-                scheduler_by_name(settings.scheduler, pipeline.scheduler), settings
-            )
+    @lru_cache(MAX_GUIDANCE_FIGURES)
+    def guidance_html(settings: Settings) -> str:
+        scheduler = scheduler_by_name(settings.scheduler, pipeline.scheduler)
+        sigmas, weights = guidance_weights(scheduler, settings)
         text = f"Strength of the guidance at each step, from {min(weights):.3g} to {max(weights):.3g}"
         evaluations = num_evaluations(sigmas, weights, settings.pag_scale)
         caption = f"{evaluations} evaluations of the model for each image"
         figures = figures_html({caption: image_tag(guidance_figure(sigmas, weights), text)})
         return f'<div class="pet-figures">{figures}</div>'
+
+    def draw_guidance(*values: Any) -> str:
+        try:
+            return guidance_html(Settings.from_inputs(*values))
+        except ValueError as error:  # as long as a field is empty
+            return f"<p>{html.escape(str(error))}</p>"
 
     def generate(chosen: list[str], number: int, seed: int, draw_seed: bool, *values: Any) -> Iterator[tuple]:
         seed = random.randrange(2**31) if draw_seed else seed
@@ -717,7 +743,10 @@ def build_app(
         return array_image((pixels * 127.5 + 127.5).round().byte())
 
     def take_example(event: gr.EventData) -> Image.Image:
-        return examples[event.index][0]
+        match event._data:
+            case {"index": int(index)} if 0 <= index < len(examples):
+                return examples[index][0]
+        raise gr.Error("There is no such example.", print_exception=False)
 
     def explain(image: Image.Image | None, num_evaluations: float, seed: int) -> Iterator[tuple]:
         with shown_errors():
@@ -741,8 +770,13 @@ def build_app(
         "concurrency_limit": 1,
         "api_visibility": "private",
     }
-    light_events: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    with gr.Blocks(title="pet_pipeline", analytics_enabled=False, delete_cache=(60, 600)) as page:
+    # These wait in the queue as well, where their number is limited, but not for the model.
+    light_events: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def cancel_on_click(button: gr.Button, status: gr.HTML, events: list[Any]) -> None:
+        button.click(None, None, status, js="() => 'Cancelled.'", cancels=events, **light_events)
+
+    with gr.Blocks(title="pet_pipeline", analytics_enabled=False) as page:
         size = pipeline.transformer.config.sample_size
         about = f"Images of {size}×{size} pixels by diffusion: {', '.join(names)}."
         # In Markdown a name could load an image.
@@ -762,7 +796,7 @@ def build_app(
                     neighbors = gr.HTML("Generate images first.")
         outputs = [status, grid, request[2], strip, neighbors]
         event = start.click(generate, [*request, *settings], outputs, show_progress_on=status, **model_events)
-        cancel.click(lambda: "Cancelled.", None, status, cancels=event, **light_events)
+        cancel_on_click(cancel, status, [event])
         for item in settings:
             item.change(draw_guidance, settings, curve, trigger_mode="always_last", **light_events)
 
@@ -792,7 +826,7 @@ def build_app(
             )
             for button, function in ((two, compare_two), (steps, compare_steps))
         ]
-        cancel.click(lambda: "Cancelled.", None, status, cancels=events, **light_events)
+        cancel_on_click(cancel, status, events)
 
         with gr.Tab("Classify"), gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -811,7 +845,6 @@ def build_app(
         image = gr.State()
         inputs, outputs = [image, effort, seed], [status, shares, why]
         taken = [
-            # Not a light event: of those, Gradio does not show the errors.
             upload.upload(take_upload, upload, [image, upload], api_visibility="private"),
             choices.select(take_example, None, image, **light_events),
         ]
@@ -822,8 +855,166 @@ def build_app(
             )
             for trigger in (*(choice.success for choice in taken), again.click)
         ]
-        cancel.click(lambda: "Cancelled.", None, status, cancels=events, **light_events)
+        cancel_on_click(cancel, status, events)
     return page.queue(max_size=MAX_QUEUE, api_open=False)
+
+
+def visitor_address(scope: Scope) -> str:
+    """Returns the address of the visitor who sent a request, or the /64 network of an IPv6 address."""
+    host = scope["client"][0]
+    with suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        if address.version == 6 and not address.ipv4_mapped:
+            return str(ipaddress.ip_network((address.packed, 64), strict=False))
+    return host
+
+
+def limit_body(receive: Receive, max_bytes: int, seconds: float) -> Receive:
+    """Returns a `receive` that raises `HTTPException` when a request's body is too long or takes too long."""
+    num_bytes = 0
+    ends_at = time.monotonic() + seconds
+
+    async def limited_receive() -> Message:
+        nonlocal num_bytes
+        try:
+            async with asyncio.timeout(ends_at - time.monotonic()):
+                message = await receive()
+        except TimeoutError:
+            raise HTTPException(408, f"The request took longer than {seconds:.0f} s.") from None
+        num_bytes += len(message.get("body", b""))
+        if num_bytes > max_bytes:
+            raise HTTPException(413, f"The request is larger than {max_bytes} bytes.")
+        return message
+
+    return limited_receive
+
+
+class Gate:
+    """ASGI middleware in front of Gradio: it limits what each visitor may ask for.
+
+    A visitor is known by the address of the request, as anybody can invent the hash of a session. Behind a
+    proxy, this is the address that the proxy tells, provided that the environment variable
+    `FORWARDED_ALLOW_IPS` names the proxy.
+
+    Args:
+        app (`ASGIApp`): Gradio.
+        page (`gr.Blocks`): the page.
+        folder (`Path`): where uploaded files wait until they are read.
+    """
+
+    def __init__(self, app: ASGIApp, page: gr.Blocks, folder: Path) -> None:
+        self.app = app
+        self.page = page
+        self.folder = folder
+        self.listening: list[str] = []  # sessions with an open stream of messages
+        self.uploading: list[str] = []  # addresses with an upload in progress
+        self.stored: dict[Path, None] = {}  # uploaded files, from the oldest to the newest
+        self.tasks: set[asyncio.Task] = set()
+        self.push_job, page._queue.push = page._queue.push, self.push
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        _, is_api, route = scope.get("path", "").partition("/gradio_api/")
+        if scope["type"] != "http" or not is_api:
+            await self.app(scope, receive, send)
+        elif route.split("/")[0] not in USED_ROUTES:
+            await PlainTextResponse("This page does not have that.", 404)(scope, receive, send)
+        elif route == "upload":
+            await self.respond_to_upload(scope, receive, send)
+        elif route == "queue/data":
+            await self.listen(scope, receive, send)
+        elif scope["method"] == "POST":
+            await self.app(scope, limit_body(receive, MAX_REQUEST_BYTES, UPLOAD_SECONDS), send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def push(self, body: Any, request: Request, username: str | None) -> tuple[bool, Any, str]:
+        """Puts a job in the queue, and drops it later if its visitor does not listen to it.
+
+        Raises:
+            HTTPException: if there is no such job, or the visitor has too many of them.
+        """
+        job = self.page.fns.get(body.fn_index)
+        if job is None or job.fn is None or len(body.data) != len(job.inputs):
+            raise HTTPException(400, "This page has no such job.")
+        visitor = visitor_address(request.scope)
+        events = self.page._queue.event_ids_to_events.values()
+        if sum(visitor_address(event.request.scope) == visitor for event in events) >= MAX_VISITOR_JOBS:
+            raise HTTPException(
+                429, f"{MAX_VISITOR_JOBS} of your requests are waiting already. Wait until one is finished."
+            )
+        success, event_id, state = await self.push_job(body, request, username)
+        if success:
+            task = asyncio.create_task(self.drop_unheard(body.session_hash, event_id))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+        return success, event_id, state
+
+    async def drop_unheard(self, session: str, event_id: str) -> None:
+        """Drops the jobs of a session that has not listened to one of them in time."""
+        await asyncio.sleep(LISTEN_SECONDS)
+        queue = self.page._queue
+        undelivered = queue.pending_event_ids_session.get(session, ())
+        if event_id in undelivered and session not in self.listening:
+            await queue.clean_events(session_hash=session)
+            queue.pending_event_ids_session.pop(session, None)
+            queue.pending_messages_per_session.pop(session, None)
+
+    async def listen(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets a session listen to the messages about its jobs."""
+        session = Request(scope).query_params.get("session_hash", "")
+        self.listening.append(session)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.listening.remove(session)
+
+    async def respond_to_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers an upload in place of Gradio, which would take any number of files at once."""
+        visitor = visitor_address(scope)
+        visitor_uploads = self.uploading.count(visitor)
+        if visitor_uploads >= MAX_VISITOR_UPLOADS or len(self.uploading) >= MAX_UPLOADS:
+            response = PlainTextResponse("Too many files are being uploaded. Try again.", 429)
+            return await response(scope, receive, send)
+        self.uploading.append(visitor)
+        try:
+            # The form around the file takes some bytes, too.
+            limited = limit_body(receive, MAX_UPLOAD_BYTES + 2**12, UPLOAD_SECONDS)
+            response = JSONResponse([await self.store_upload(Request(scope, limited))])
+        except HTTPException as error:
+            response = PlainTextResponse(error.detail, error.status_code)
+        except ClientDisconnect:
+            return
+        finally:
+            self.uploading.remove(visitor)
+        await response(scope, receive, send)
+
+    async def store_upload(self, request: Request) -> str:
+        """Stores the file of an upload where Gradio looks for it, and returns its path.
+
+        The file is removed when it has not been read for a while, or when many newer ones wait.
+        """
+        async with request.form(max_files=1, max_fields=0) as form:
+            file = form.get("files")
+            if not isinstance(file, UploadFile):
+                raise HTTPException(400, "The upload has no file.")
+            content = await file.read()
+        if len(content) > MAX_UPLOAD_BYTES:
+            raise HTTPException(413, f"The file is larger than {MAX_UPLOAD_BYTES} bytes.")
+        name = strip_invalid_filename_characters(Path(file.filename or "").name).lstrip(".") or "image"
+        path = Path(processing_utils.save_bytes_to_cache(content, name, str(self.folder)))
+        self.stored.pop(path, None)
+        self.stored[path] = None
+        if len(self.stored) > MAX_UPLOADS:
+            self.remove_upload(next(iter(self.stored)))
+        asyncio.get_running_loop().call_later(UPLOAD_SECONDS, self.remove_upload, path)
+        return str(path)
+
+    def remove_upload(self, path: Path) -> None:
+        """Removes an uploaded file, if it has not been read, and its folder."""
+        self.stored.pop(path, None)
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # another file in the folder
+            path.parent.rmdir()
 
 
 async def refuse_download(url: str, **kwargs: Any) -> str:
@@ -860,9 +1051,12 @@ def serve(
         ValueError: see [`build_app`].
     """
     with TemporaryDirectory(prefix="pet-pipeline-") as folder, ExitStack() as restored:
-        before = os.environ.get("GRADIO_TEMP_DIR")
-        restored.callback(restore_variable, "GRADIO_TEMP_DIR", before)
-        os.environ["GRADIO_TEMP_DIR"] = folder
+        variables = {"GRADIO_TEMP_DIR": folder}
+        if "SPACE_ID" in os.environ:
+            variables["FORWARDED_ALLOW_IPS"] = os.environ.get("FORWARDED_ALLOW_IPS", SPACE_PROXIES)
+        for name in variables:
+            restored.callback(restore_variable, name, os.environ.get(name))
+        os.environ.update(variables)
         # Gradio would fetch any address that a visitor sends in place of a file.
         download = processing_utils.async_ssrf_protected_download
         restored.callback(setattr, processing_utils, "async_ssrf_protected_download", download)
@@ -874,6 +1068,8 @@ def serve(
                 server_name=host,
                 server_port=port,
                 share=share,
+                app_kwargs={"middleware": [Middleware(Gate, page=page, folder=Path(folder))]},
+                state_session_capacity=MAX_SESSIONS,
                 max_file_size=MAX_UPLOAD_BYTES,
                 theme=gr.themes.Default(
                     font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import re
+import socket
 import sys
 import tempfile
 import threading
@@ -343,22 +344,83 @@ def test_the_command_tells_what_is_wrong(pipeline, tmp_path, capsys, monkeypatch
 # Without a browser
 
 
-def join_queue(url: str, name: str, values: list, session: str) -> httpx.Response:
-    """Asks for an event as the page does."""
+SETTINGS = [2.5, "adaptive", 0.0, app.NO_CLASS, app.AS_SAVED]
+HEAVY = [["cat"], 1, 0, False, 100, *SETTINGS]
+
+
+def join_queue(
+    url: str, name: str, values: list, session: str, event: object = None, address: str = "127.0.0.1"
+) -> httpx.Response:
+    """Asks for an event as the page does; the server trusts what this machine tells about the address."""
     dependencies = httpx.get(url + "config").json()["dependencies"]
     (index,) = (item["id"] for item in dependencies if item["api_name"] == name)
-    request = {"data": values, "fn_index": index, "session_hash": session, "event_data": None}
-    return httpx.post(url + "gradio_api/queue/join", json=request)
+    request = {"data": values, "fn_index": index, "session_hash": session, "event_data": event}
+    headers = {"X-Forwarded-For": address}
+    return httpx.post(url + "gradio_api/queue/join", json=request, headers=headers, timeout=20)
+
+
+def listen(url: str, session: str) -> str:
+    return httpx.get(url + f"gradio_api/queue/data?session_hash={session}", timeout=60).text
+
+
+def upload(url: str, content: bytes, name: str = "cat.png", **kwargs) -> httpx.Response:
+    return httpx.post(url + "gradio_api/upload", files={"files": (name, content)}, timeout=20, **kwargs)
 
 
 def test_only_so_many_wait(pipeline, monkeypatch):
     monkeypatch.setattr(app, "MAX_QUEUE", 3)
     pipeline.transformer.register_forward_hook(lambda module, args, output: time.sleep(0.05))
-    values = [["cat"], 1, 0, False, 100, 2.5, "adaptive", 0.0, app.NO_CLASS, app.AS_SAVED]
     with app.serve(pipeline) as url:
-        answers = [join_queue(url, "generate", values, f"session-{index}") for index in range(6)]
+        answers = [
+            join_queue(url, "generate", HEAVY, f"session-{index}", address=f"203.0.113.{index}")
+            for index in range(6)
+        ]
     assert [answer.status_code for answer in answers].count(503) >= 2
     assert "Queue is full" in answers[-1].text and answers[0].status_code == 200
+
+
+@pytest.mark.parametrize("address", ["203.0.113.{}", "2001:db8:0:{}::1"])
+def test_a_visitor_has_a_limited_number_of_jobs(pipeline, address):
+    pipeline.transformer.register_forward_hook(lambda module, args, output: time.sleep(0.05))
+    with app.serve(pipeline) as url:
+        # Each job comes with another session, as sessions are invented by the visitor.
+        answers = [
+            join_queue(url, "generate", HEAVY, f"session-{index}", address=address.format(1))
+            for index in range(10)
+        ]
+        other = join_queue(url, "generate", HEAVY, "other", address=address.format(2))
+    assert [answer.status_code for answer in answers] == [200] * 4 + [429] * 6
+    assert "4 of your requests are waiting" in answers[-1].json()["detail"]
+    assert other.status_code == 200
+
+
+def test_the_visitors_of_one_ipv6_network_count_as_one():
+    addresses = (
+        "2001:db8::1",
+        "2001:db8::ffff:2",
+        "2001:db8:0:1::1",
+        "::ffff:1.2.3.4",
+        "::ffff:1.2.3.5",
+        "x",
+    )
+    visitors = [app.visitor_address({"client": (address, 1)}) for address in addresses]
+    assert visitors[0] == visitors[1] and len(set(visitors)) == 5
+
+
+def test_jobs_to_which_nobody_listens_are_dropped(pipeline, monkeypatch):
+    monkeypatch.setattr(app, "LISTEN_SECONDS", 0.5)
+    pipeline.transformer.register_forward_hook(lambda module, args, output: time.sleep(0.02))
+    with app.serve(pipeline) as url:
+        for index in range(4):
+            assert join_queue(url, "generate", HEAVY, f"session-{index}").status_code == 200
+        time.sleep(1.0)  # all four would take 8 s
+        began = time.monotonic()
+        assert join_queue(url, "generate", [*HEAVY[:4], 2, *SETTINGS], "heard").status_code == 200
+        assert '"success":true' in listen(url, "heard")
+        assert time.monotonic() - began < 3
+        # What is listened to goes on for longer than that.
+        assert join_queue(url, "generate", HEAVY, "heard").status_code == 200
+        assert '"success":true' in listen(url, "heard")
 
 
 def test_only_uploads_are_read_and_removed(pipeline, tmp_path, capfd):
@@ -368,7 +430,7 @@ def test_only_uploads_are_read_and_removed(pipeline, tmp_path, capfd):
     with app.serve(pipeline) as url:
         join_queue(url, "take_upload", [file], "session")
         answer = httpx.get(url + "gradio_api/queue/data?session_hash=session", timeout=20).text
-        assert httpx.get(f"{url}gradio_api/file={path}").status_code == 403
+        assert httpx.get(f"{url}gradio_api/file={path}").status_code == 404
     assert '"success":false' in answer and "base64" not in answer
     assert path.exists()
 
@@ -434,11 +496,159 @@ def test_the_model_serves_one_request_at_a_time(pipeline):
 
 @pytest.mark.parametrize("steps", [None, 1000])
 def test_an_emptied_field_leaves_nothing_in_the_log(pipeline, capfd, steps):
-    values = [steps, 2.5, "adaptive", 0.0, app.NO_CLASS, app.AS_SAVED]
     with app.serve(pipeline) as url:
-        answer = httpx.post(url + "gradio_api/run/draw_guidance", json={"data": values})
-    assert answer.status_code == 500 or "error" in answer.text
+        join_queue(url, "draw_guidance", [steps, *SETTINGS], "session")
+        assert "steps has to be from 1 to 100" in listen(url, "session")
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_plot_of_the_guidance_waits_in_the_queue_and_is_drawn_once(pipeline, monkeypatch):
+    drawn, draw = [], app.guidance_figure
+
+    def guidance_figure(*args):
+        drawn.append(args)
+        return draw(*args)
+
+    monkeypatch.setattr(app, "guidance_figure", guidance_figure)
+    with app.serve(pipeline) as url:
+        drawn.clear()
+        values = [7, *SETTINGS]
+        answer = httpx.post(url + "gradio_api/run/draw_guidance", json={"data": values})
+        assert answer.status_code == 404 and not drawn
+        for session in ("first", "second"):
+            join_queue(url, "draw_guidance", values, session)
+            assert "evaluations of the model" in listen(url, session)
+    assert len(drawn) == 1
+
+
+@pytest.mark.parametrize(
+    "event", [{"index": -1}, {"index": 8}, {"index": "0"}, {"index": None}, {"index": 0.5}, {}, None, [0]]
+)
+def test_a_forged_example_is_refused(pipeline, capfd, event):
+    with app.serve(pipeline) as url:
+        join_queue(url, "take_example", [], "session", event)
+        answer = listen(url, "session")
+        join_queue(url, "take_example", [], "session", {"index": 1})
+        assert '"success":true' in listen(url, "session")
+    assert "There is no such example." in answer and '"success":false' in answer
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_uploads_that_are_not_read_are_bounded(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with app.serve(pipeline) as url:
+        paths = [Path(upload(url, bytes([index]) * 1000).json()[0]) for index in range(20)]
+        # The newest ones are kept, of which one visitor's file is read at once.
+        assert [path.exists() for path in paths] == [False] * 12 + [True] * 8
+        assert sum(path.is_file() for path in tmp_path.rglob("*")) == 8
+        assert len(list(paths[-1].parent.parent.iterdir())) == 8
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_upload_that_is_not_read_is_removed_after_a_while(pipeline, monkeypatch):
+    monkeypatch.setattr(app, "UPLOAD_SECONDS", 0.5)
+    with app.serve(pipeline) as url:
+        path = Path(upload(url, b"content").json()[0])
+        assert path.read_bytes() == b"content"
+        time.sleep(1)
+        assert not path.parent.exists()
+
+
+MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
+PART = b'--x\r\nContent-Disposition: form-data; name="%s"; filename="a.png"\r\n\r\n'
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (PART % b"files" + bytes(6 * 2**20) + b"\r\n--x--", 413),
+        (PART % b"files" + bytes(5 * 2**20 + 1) + b"\r\n--x--", 413),
+        ((PART % b"files" + b"\r\n") * 2 + b"--x--", 400),
+        (PART % b"other" + b"\r\n--x--", 400),
+        (PART % b"files" + bytes(2**20), 400),
+        (b"", 400),
+    ],
+    ids=["large", "a byte too large", "two files", "other field", "without an end", "empty"],
+)
+def test_a_forged_upload_is_refused_and_leaves_nothing(pipeline, tmp_path, monkeypatch, capfd, body, status):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with app.serve(pipeline) as url:
+        answer = httpx.post(url + "gradio_api/upload", content=body, headers=MULTIPART, timeout=20)
+        assert answer.status_code == status
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def open_upload(url: str, num_bytes: int = 1000) -> socket.socket:
+    """Opens an upload and sends only its beginning."""
+    host, port = re.search(r"//(.*):(\d+)/", url).groups()
+    connection = socket.create_connection((host, int(port)))
+    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: {2 * num_bytes}\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in MULTIPART.items())
+    connection.sendall(head.encode() + b"\r\n" + PART % b"files" + bytes(num_bytes))
+    return connection
+
+
+def test_half_uploads_are_few_and_end(pipeline, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with app.serve(pipeline) as url:
+        half = [open_upload(url) for _ in range(2)]
+        time.sleep(0.5)
+        assert upload(url, b"content").status_code == 429
+        assert upload(url, b"content", headers={"X-Forwarded-For": "203.0.113.1"}).status_code == 200
+        for connection in half:
+            connection.close()
+        time.sleep(0.5)
+        assert upload(url, b"content").status_code == 200
+        monkeypatch.setattr(app, "UPLOAD_SECONDS", 0.5)
+        with open_upload(url) as connection:
+            connection.settimeout(10)
+            assert b" 408 " in connection.recv(1000)
+        monkeypatch.setattr(app, "MAX_UPLOADS", 0)
+        assert upload(url, b"content").status_code == 429
+        assert len([path for path in tmp_path.rglob("*") if path.is_file()]) <= 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "stored"), [("../../x.png", "x.png"), ("..", "image"), ("/", "file")])
+def test_the_name_of_an_upload_stays_in_its_folder(pipeline, name, stored):
+    with app.serve(pipeline) as url:
+        path = Path(upload(url, b"content", name).json()[0])
+        assert path.name == stored and path.parent.parent == Path(os.environ["GRADIO_TEMP_DIR"])
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        "call/generate",
+        "call/v2/generate",
+        "component_server",
+        "deep_link",
+        "proxy=https://example.com/",
+        "runs",
+    ],
+)
+def test_what_the_page_does_not_use_is_closed(pipeline, route):
+    with app.serve(pipeline) as url:
+        assert httpx.get(f"{url}gradio_api/{route}").status_code == 404
+        assert httpx.post(f"{url}gradio_api/{route}", json={"data": []}).status_code == 404
+
+
+def test_a_large_request_is_refused(pipeline):
+    with app.serve(pipeline) as url:
+        answer = join_queue(url, "generate", [["x" * 2**20], *HEAVY[1:]], "session")
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize("before", [None, "192.0.2.1"])
+def test_a_space_trusts_its_proxies(pipeline, monkeypatch, before):
+    monkeypatch.setenv("SPACE_ID", "somebody/space")
+    monkeypatch.delenv("FORWARDED_ALLOW_IPS", raising=False)
+    if before is not None:
+        monkeypatch.setenv("FORWARDED_ALLOW_IPS", before)
+    with app.serve(pipeline):
+        assert os.environ["FORWARDED_ALLOW_IPS"] == (before or app.SPACE_PROXIES)
+    assert os.environ.get("FORWARDED_ALLOW_IPS") == before
 
 
 # In a browser
