@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -21,7 +21,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 
-# A configuration may come from anyone. Within these ranges grids fit into memory, and squares into float32.
+# Within these ranges, grids fit into memory and squares into float32.
 RANGES: dict[str, tuple[float, float]] = {
     "sigma_min": (1e-9, 1e9),
     "sigma_max": (1e-9, 1e9),
@@ -69,13 +69,26 @@ class TrainingSigmas(BaseOutput):
     weights: torch.Tensor | None = None
 
 
+class _Evaluation(NamedTuple):
+    """One evaluation of the denoiser: the sample x, the denoised image D(x; σ) and the noise level σ."""
+
+    sample: torch.Tensor
+    denoised: torch.Tensor
+    sigma: torch.Tensor
+
+    @property
+    def slope(self) -> torch.Tensor:
+        """dx/dσ of the probability-flow ODE (Karras et al. 2022, equation 1)."""
+        return (self.sample - self.denoised) / self.sigma
+
+
 class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
     r"""EDM preconditioning, three solvers, and adaptive noise levels for training.
 
     The network $F$ is wrapped as $D(x; \sigma) = c_{skip} x + c_{out} F(c_{in} x; c_{noise})$ (Karras et al.
     2022, equation 7 and table 1) and called with `timestep` = $c_{noise} = \ln(\sigma) / 4$. Names and values
-    are those of `EDMEulerScheduler` and `EDMDPMSolverMultistepScheduler`, so the three can take each other's
-    place; only `init_noise_sigma` differs, √(σ_max² + σ_data²) here and √(σ_max² + 1) there.
+    are those of `EDMEulerScheduler` and `EDMDPMSolverMultistepScheduler`, so that each of the three can
+    replace the others; only `init_noise_sigma` differs, √(σ_max² + σ_data²) here and √(σ_max² + 1) there.
 
     Args:
         sigma_min (`float`, defaults to 0.002): smallest noise level of the sampling grid.
@@ -108,7 +121,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         ValueError: if an argument is out of range; the message names it.
     """
 
-    # Looked up by name in diffusers by `from_config`.
+    # `from_config` looks these names up in diffusers.
     _compatibles = ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
 
     @register_to_config
@@ -161,8 +174,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         if adaptive_decay == 1:
             raise ValueError("`adaptive_decay` has to be less than 1, as the running sums would overflow.")
 
-        # Running sums over reported batches of L² and of the number of samples, per bin of the training
-        # proposal.
+        # Running sums of L² and of the number of samples, for each bin of the training proposal.
         self._bin_square_sums = torch.zeros(num_bins)
         self._bin_counts = torch.zeros(num_bins)
         self.num_inference_steps: int | None = None
@@ -171,7 +183,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
         config = super()._dict_from_json_file(json_file)
-        if not isinstance(config, dict):  # a string would be taken for a repository to ask for another one
+        if not isinstance(config, dict):  # diffusers would take a string for the name of a repository
             raise ValueError(f"{str(json_file)!r} has to hold a JSON object.")
         return config
 
@@ -257,14 +269,14 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         """Sets the grid of noise levels.
 
         Args:
-            num_inference_steps (`int`, *optional*): steps; needed unless `sigmas` is given. With the solver
-                `"heun"`, n steps are 2n - 1 evaluations and as many `timesteps`.
-            device (`str` or `torch.device`, *optional*): where `timesteps` is put; `sigmas` stays on the CPU.
+            num_inference_steps (`int`, *optional*): number of steps, needed unless `sigmas` is given. With
+                the solver `"heun"`, n steps make 2n - 1 evaluations and as many `timesteps`.
+            device (`str` or `torch.device`, *optional*): device of `timesteps`; `sigmas` stays on the CPU.
             sigmas (`list[float]` or `torch.Tensor`, *optional*): noise levels, strictly decreasing, used as
                 given. The final level (see `final_sigmas_type`) is appended unless the last one is 0.
 
         Raises:
-            ValueError: if neither or an unusable one of them is given.
+            ValueError: if neither of the two is given, or the one that is given cannot be used.
         """
         if sigmas is not None:
             sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").flatten()
@@ -312,26 +324,26 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         if final_sigma is None:
             final_sigma = 0.0 if self.config.final_sigmas_type == "zero" else sigmas[-1].item()
-        # Each step's level, raised by churn (Karras et al. 2022, algorithm 2), and the level it leads to.
+        # The level of each step, raised by churn (Karras et al. 2022, algorithm 2), and where the step ends.
         acts = (sigmas >= self.config.s_tmin) & (sigmas <= self.config.s_tmax)
         gamma = min(self.config.s_churn / len(sigmas), 2**0.5 - 1)
         raised = torch.where(acts, sigmas * (1 + gamma), sigmas)
         targets = torch.cat([sigmas[1:], torch.tensor([final_sigma])])
         if self.config.solver == "heun":
-            # One step evaluates the model at its own level, and again at the level it leads to unless that is
-            # the last.
+            # A step evaluates the model at its own level, and again at the level where it ends, except for
+            # the last step.
             levels = torch.stack([raised, targets], dim=1).flatten()[:-1]
             targets = targets.repeat_interleave(2)[:-1]
         else:
             levels = raised
-        # `sigmas[i]` is the level at which the model is evaluated for `timesteps[i]`; `_targets[i]` where the
-        # step ends.
+        # For `timesteps[i]`, the model is evaluated at the level `sigmas[i]`, and the step ends at the level
+        # `_targets[i]`.
         self.sigmas = torch.cat([levels, torch.tensor([final_sigma])])
         self._targets = targets
         self.timesteps = self.precondition_noise(levels).to(device=device)
         self._step_index = None
         self._begin_index = None
-        self._previous: dict[str, torch.Tensor] = {}
+        self._previous: _Evaluation | None = None
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -375,7 +387,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
                 output F.
             timestep (`float` or `torch.Tensor`): the current entry of `timesteps`.
             sample (`torch.Tensor` of the same shape): the current sample.
-            generator (`torch.Generator` or a list of them, *optional*): for churn.
+            generator (`torch.Generator` or a list of them, *optional*): generator of the noise of churn.
             return_dict (`bool`, defaults to `True`): return an [`AdaptiveEDMSchedulerOutput`] instead of a
                 tuple.
 
@@ -384,50 +396,52 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         """
         if self._step_index is None:
             self._init_step_index(timestep)
-        index = self._step_index
         dtype = sample.dtype
         compute_dtype = torch.promote_types(dtype, torch.float32)
         sample = sample.to(compute_dtype)
-        sigma, target = self.sigmas[index].to(compute_dtype), self._targets[index].to(compute_dtype)
+        sigma, target, next_sigma = (
+            level.to(compute_dtype)
+            for level in (
+                self.sigmas[self._step_index],
+                self._targets[self._step_index],
+                self.sigmas[self._step_index + 1],
+            )
+        )
         denoised = self.precondition_outputs(sample, model_output.to(compute_dtype), sigma)
 
-        if self.config.solver == "multistep":
-            prev_sample = self._multistep(sample, denoised, sigma, target)
-        elif self.config.solver == "heun" and index % 2 == 1 and self._previous:
-            # Corrector: from where the step began, along the mean of both slopes (Karras et al. 2022,
-            # algorithm 1).
-            slope = (self._previous["slope"] + (sample - denoised) / sigma) / 2
-            prev_sample = self._previous["sample"] + (target - self._previous["sigma"]) * slope
-            self._previous = {}
-        else:
-            slope = (sample - denoised) / sigma
-            prev_sample = sample + (target - sigma) * slope
-            if self.config.solver == "heun":
-                self._previous = {"sample": sample, "slope": slope, "sigma": sigma}
-
-        raised = self.sigmas[index + 1].to(compute_dtype)
-        if raised > target:  # churn: the next evaluation is at a raised level, reached with fresh noise
+        solve = {"multistep": self._multistep, "euler": self._euler, "heun": self._heun}[self.config.solver]
+        current = _Evaluation(sample, denoised, sigma)
+        prev_sample = solve(current, target)
+        if next_sigma > target:  # churn: fresh noise leads to the raised level of the next evaluation
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=compute_dtype)
-            prev_sample = prev_sample + (raised**2 - target**2).sqrt() * self.config.s_noise * noise
+            prev_sample = prev_sample + (next_sigma**2 - target**2).sqrt() * self.config.s_noise * noise
 
         self._step_index += 1
-        if self._step_index == len(self.timesteps):
-            self._previous = {}
+        self._previous = current if self._step_index < len(self.timesteps) else None
         prev_sample, denoised = prev_sample.to(dtype), denoised.to(dtype)
         if not return_dict:
             return (prev_sample, denoised)
         return AdaptiveEDMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=denoised)
 
-    def _multistep(
-        self, sample: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor, target: torch.Tensor
-    ) -> torch.Tensor:
-        """DPM-Solver++(2M) in -ln σ (Lu et al. 2022, algorithm 2); first order at both ends of the grid."""
-        extrapolated = denoised
-        if self._previous and target > 0:
-            step, previous_step = (sigma / target).log(), (self._previous["sigma"] / sigma).log()
-            extrapolated = denoised + step / (2 * previous_step) * (denoised - self._previous["denoised"])
-        self._previous = {"denoised": denoised, "sigma": sigma}
-        return target / sigma * sample + (1 - target / sigma) * extrapolated
+    def _euler(self, current: "_Evaluation", target: torch.Tensor) -> torch.Tensor:
+        """First order in σ."""
+        return current.sample + (target - current.sigma) * current.slope
+
+    def _heun(self, current: "_Evaluation", target: torch.Tensor) -> torch.Tensor:
+        """Second order in σ (Karras et al. 2022, algorithm 1): even indices predict, odd ones correct."""
+        start = self._previous
+        if start is None or self._step_index % 2 == 0:
+            return self._euler(current, target)
+        return start.sample + (target - start.sigma) * (start.slope + current.slope) / 2
+
+    def _multistep(self, current: "_Evaluation", target: torch.Tensor) -> torch.Tensor:
+        """DPM-Solver++(2M) in -ln σ (Lu et al. 2022, algorithm 2), first order at both ends of the grid."""
+        sigma, extrapolated = current.sigma, current.denoised
+        if self._previous is not None and target > 0:
+            step, previous_step = (sigma / target).log(), (self._previous.sigma / sigma).log()
+            change = current.denoised - self._previous.denoised
+            extrapolated = current.denoised + step / (2 * previous_step) * change
+        return target / sigma * current.sample + (1 - target / sigma) * extrapolated
 
     def sample_training_sigmas(
         self,
@@ -443,9 +457,9 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         importance-sampled mean of L. Weighting each loss by q/p keeps the objective what it is under q.
 
         Args:
-            batch_size (`int`): how many.
-            generator (`torch.Generator`, *optional*): of the randomness, on `device`.
-            device (`str` or `torch.device`, *optional*): of the results; the CPU by default.
+            batch_size (`int`): number of noise levels.
+            generator (`torch.Generator`, *optional*): random generator on `device`.
+            device (`str` or `torch.device`, *optional*): device of the results, by default the CPU.
 
         Returns:
             [`TrainingSigmas`]: `sigmas` and `weights`, each of shape `(batch_size,)`, float32.
@@ -461,19 +475,19 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         return TrainingSigmas(sigmas=sigmas, weights=1 / (num_bins * probabilities[bins]))
 
     def update_training_losses(self, sigmas: torch.Tensor, losses: torch.Tensor) -> None:
-        """Reports losses back, for the next draws to adapt to. With several processes, gather both first.
+        """Takes the losses of a batch, to which the next draws adapt. Several processes gather theirs first.
 
         Args:
             sigmas (`torch.Tensor` of shape `(batch,)`): noise levels of the samples.
-            losses (`torch.Tensor` of shape `(batch,)`): their losses as they enter the objective, importance
-                weights aside. Those whose squares are not finite, or so large that a sum of them might not
-                be, are left out.
+            losses (`torch.Tensor` of shape `(batch,)`): losses of the samples as they enter the objective,
+                without importance weights. A loss is left out if its square is so large that sums could
+                overflow, or is not finite.
         """
         num_bins = self.config.num_bins
         edges = self._proposal_quantile(torch.arange(1, num_bins, device=sigmas.device) / num_bins)
         bins = torch.bucketize(sigmas.detach().float(), edges)
         squares = losses.detach().float() ** 2
-        # No data-dependent shapes and no questions to the data: on a GPU this does not wait for it.
+        # Nothing here depends on the values, so that a GPU is not waited for.
         counted = (squares < torch.finfo(squares.dtype).max / 1e6).float()  # false for NaN
         squares = torch.where(counted > 0, squares, 0.0)
         decay = self.config.adaptive_decay
@@ -489,20 +503,20 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         tiny = torch.finfo(torch.float32).tiny
         observed = self._bin_counts > 0
         roots = torch.where(observed, (self._bin_square_sums / self._bin_counts.clamp(min=tiny)).sqrt(), 0.0)
-        # Bins without a sample so far take the mean of the others.
+        # A bin without a sample so far takes the mean of the other bins.
         roots = torch.where(observed, roots, roots.sum() / observed.sum().clamp(min=1))
         total = roots.sum()
         return (uniform + torch.where(total > 0, roots / total.clamp(min=tiny), uniform)) / 2
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Returns the state of the adaptive draw, to be kept in a training checkpoint."""
+        """Returns the state of the adaptive draw, which belongs into a training checkpoint."""
         return {"bin_square_sums": self._bin_square_sums.cpu(), "bin_counts": self._bin_counts.cpu()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Restores what [`state_dict`] returned.
 
         Raises:
-            ValueError: if the state is of another number of bins.
+            ValueError: if the state has another number of bins.
         """
         expected = (self.config.num_bins,)
         for name in ("bin_square_sums", "bin_counts"):
@@ -521,7 +535,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         )
         low, high = (math.erf((math.log(sigma) - mean) / std / 2**0.5) for sigma in (sigma_min, sigma_max))
         z_scores = 2**0.5 * torch.erfinv(low + (high - low) * probabilities)
-        # Clamped against rounding at the ends, where the inverse is steep.
+        # The inverse is steep at both ends, where rounding could leave the range.
         return (mean + std * z_scores).exp().clamp(sigma_min, sigma_max)
 
 
