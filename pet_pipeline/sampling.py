@@ -283,7 +283,7 @@ def image_settings(path: str | Path) -> dict[str, Any]:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()  # the settings may follow the pixels
-            text = image.text.get(PNG_KEY)
+            text = image.info.get(PNG_KEY)
     except (OSError, MemoryError) as error:
         if isinstance(error, Image.UnidentifiedImageError):
             raise ValueError(f"{str(path)!r} is not a PNG image.") from None

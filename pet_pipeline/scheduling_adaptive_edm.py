@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -69,9 +69,11 @@ class TrainingSigmas(BaseOutput):
     weights: torch.Tensor | None = None
 
 
-class _Evaluation(NamedTuple):
-    """One evaluation of the denoiser: the sample x, the denoised image D(x; σ) and the noise level σ."""
+@dataclass(frozen=True)
+class _Evaluation:
+    """One evaluation of the denoiser: its index, the sample x, the denoised image D(x; σ) and σ."""
 
+    index: int
     sample: torch.Tensor
     denoised: torch.Tensor
     sigma: torch.Tensor
@@ -178,6 +180,9 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         self._bin_square_sums = torch.zeros(num_bins)
         self._bin_counts = torch.zeros(num_bins)
         self.num_inference_steps: int | None = None
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._previous: _Evaluation | None = None
         self._set_grid(self._grid(num_train_timesteps))
 
     @classmethod
@@ -341,9 +346,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.cat([levels, torch.tensor([final_sigma])])
         self._targets = targets
         self.timesteps = self.precondition_noise(levels).to(device=device)
-        self._step_index = None
-        self._begin_index = None
-        self._previous: _Evaluation | None = None
+        self._step_index = self._begin_index = self._previous = None
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -363,14 +366,14 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
             sample (`torch.Tensor` of shape `(batch, channels, height, width)`): the current sample.
             timestep (`float` or `torch.Tensor`): the current entry of `timesteps`.
         """
-        if self._step_index is None:
-            self._init_step_index(timestep)
-        return self.precondition_inputs(sample, self.sigmas[self._step_index])
+        return self.precondition_inputs(sample, self.sigmas[self._index(timestep)])
 
-    def _init_step_index(self, timestep: float | torch.Tensor) -> None:
-        self._step_index = (
-            self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-        )
+    def _index(self, timestep: float | torch.Tensor) -> int:
+        """Returns the index of the next evaluation, which the first call of a sampling has to find."""
+        if self._step_index is None:
+            found = self._begin_index
+            self._step_index = self.index_for_timestep(timestep) if found is None else found
+        return self._step_index
 
     def step(
         self,
@@ -394,29 +397,22 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             [`AdaptiveEDMSchedulerOutput`] or `tuple`: in the dtype of `sample`; computed in float32 at least.
         """
-        if self._step_index is None:
-            self._init_step_index(timestep)
+        index = self._index(timestep)
         dtype = sample.dtype
         compute_dtype = torch.promote_types(dtype, torch.float32)
         sample = sample.to(compute_dtype)
-        sigma, target, next_sigma = (
-            level.to(compute_dtype)
-            for level in (
-                self.sigmas[self._step_index],
-                self._targets[self._step_index],
-                self.sigmas[self._step_index + 1],
-            )
-        )
+        sigma, target = self.sigmas[index].to(compute_dtype), self._targets[index].to(compute_dtype)
         denoised = self.precondition_outputs(sample, model_output.to(compute_dtype), sigma)
 
         solve = {"multistep": self._multistep, "euler": self._euler, "heun": self._heun}[self.config.solver]
-        current = _Evaluation(sample, denoised, sigma)
+        current = _Evaluation(index, sample, denoised, sigma)
         prev_sample = solve(current, target)
+        next_sigma = self.sigmas[index + 1].to(compute_dtype)
         if next_sigma > target:  # churn: fresh noise leads to the raised level of the next evaluation
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=compute_dtype)
             prev_sample = prev_sample + (next_sigma**2 - target**2).sqrt() * self.config.s_noise * noise
 
-        self._step_index += 1
+        self._step_index = index + 1
         self._previous = current if self._step_index < len(self.timesteps) else None
         prev_sample, denoised = prev_sample.to(dtype), denoised.to(dtype)
         if not return_dict:
@@ -430,7 +426,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
     def _heun(self, current: "_Evaluation", target: torch.Tensor) -> torch.Tensor:
         """Second order in σ (Karras et al. 2022, algorithm 1): even indices predict, odd ones correct."""
         start = self._previous
-        if start is None or self._step_index % 2 == 0:
+        if start is None or current.index % 2 == 0:
             return self._euler(current, target)
         return start.sample + (target - start.sigma) * (start.slope + current.slope) / 2
 

@@ -152,7 +152,7 @@ def run_classification(args: argparse.Namespace) -> None:
     measures, probabilities = evaluate_classification(
         pipeline, images, args.num_evaluations, args.batch_size, args.seed
     )
-    record = {
+    record: dict[str, Any] = {
         "settings": {
             "model": args.model,
             "reference": args.reference,

@@ -34,14 +34,10 @@ seed = whole_number(0, MAX_SEED)
 
 
 def add_model_option(parser: argparse.ArgumentParser, positional: bool = False) -> None:
-    """Adds the option, or the positional argument, that names the model."""
+    """Adds the option, or the optional positional argument, that names the model."""
     names = ["model"] if positional else ["--model", "--model_path"]
-    parser.add_argument(
-        *names,
-        metavar="PATH",
-        help="folder of a saved pipeline, or its Hub id; the default is the model of the package",
-        **({"nargs": "?"} if positional else {}),
-    )
+    help = "folder of a saved pipeline, or its Hub id; the default is the model of the package"
+    parser.add_argument(*names, nargs="?" if positional else None, metavar="PATH", help=help)
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
