@@ -1,4 +1,4 @@
-"""Pictures of samples, of how they come to be, and of a training run."""
+"""Pictures: grids of samples, denoising strips, curves of a training, and evidence of classifications."""
 
 import json
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ def image_grid(
         rows (`list[list[Image.Image]]`): images of one size.
         row_labels (`list[str]`, *optional*): written to the left of each row.
         column_labels (`list[str]`, *optional*): written above each column.
-        scale (`int`, defaults to 2): pixels per pixel.
+        scale (`int`, defaults to 2): factor by which the images are enlarged.
     """
     font = ImageFont.load_default(12)
     width, height = (side * scale for side in rows[0][0].size)
@@ -52,7 +52,7 @@ def image_grid(
                 (left + c * (width + MARGIN), y),
             )
     widest = max((font.getlength(label) for label in column_labels or []), default=0)
-    if widest > width:  # neighbours must not touch, nor the last be cut off
+    if widest > width:  # neighbouring labels must not touch, and the last one must not be cut off
         font = ImageFont.load_default(12 * width / widest)
     for c, label in enumerate(column_labels or []):
         draw.text(
@@ -94,19 +94,19 @@ def _rows(
 
 
 class DenoisingRecorder:
-    """A callback of a pipeline's steps that keeps how its images come to be.
+    """A callback for `callback_on_step_end` that records every step of a sampling.
 
     It needs the tensors `latents` and `pred_original_sample`.
 
     Args:
-        noise (`torch.Tensor` of shape `(N, channels, height, width)`): what the pipeline starts from, of unit
-            variance.
+        noise (`torch.Tensor` of shape `(N, channels, height, width)`): the noise of unit variance from which
+            the sampling starts.
 
     Attributes:
         sigmas (`list[float]`): the noise level of each step.
-        noisy (`list[torch.Tensor]`): what each step starts from, and at last the sample, all scaled to unit
-            variance.
-        denoised (`list[torch.Tensor]`): what the model makes of it.
+        noisy (`list[torch.Tensor]`): the noisy images at the start of each step, and last the samples, all
+            scaled to unit variance.
+        denoised (`list[torch.Tensor]`): the denoised images of each step.
     """
 
     def __init__(self, noise: torch.Tensor) -> None:
@@ -121,7 +121,7 @@ class DenoisingRecorder:
         timestep: torch.Tensor,
         tensors: dict[str, torch.Tensor],
     ) -> dict:
-        """Keeps a step; changes nothing."""
+        """Records a step without changing it."""
         sigma, next_sigma = pipeline.scheduler.sigmas[step : step + 2].tolist()
         scale = (next_sigma**2 + pipeline.scheduler.config.sigma_data**2) ** 0.5
         self.sigmas.append(sigma)
@@ -132,13 +132,13 @@ class DenoisingRecorder:
     def strip(
         self, pipeline: PetDiffusionPipeline, rows: Iterable[int], names: list[str], scale: int = 2
     ) -> Image.Image:
-        """Draws some of the images at each step; see [`denoising_strip`].
+        """Draws some of the recorded images at each step; see [`denoising_strip`].
 
         Args:
-            pipeline ([`PetDiffusionPipeline`]): what was recorded.
-            rows (`Iterable[int]`): which images of the batch.
-            names (`list[str]`): the class of each.
-            scale (`int`, defaults to 2): pixels per pixel.
+            pipeline ([`PetDiffusionPipeline`]): the pipeline that was recorded.
+            rows (`Iterable[int]`): indices of the images in their batch.
+            names (`list[str]`): the class of each of these images.
+            scale (`int`, defaults to 2): factor by which the images are enlarged.
         """
         sigma_data = pipeline.scheduler.config.sigma_data
         pictures = []
@@ -153,15 +153,15 @@ class DenoisingRecorder:
 def denoising_strip(
     pipeline: PetDiffusionPipeline, seed: int = 0, class_labels: list[int] | None = None, **kwargs: Any
 ) -> Image.Image:
-    """One sample of each class at each step: the noisy image over what the model makes of it.
+    """Draws one sample of each class step by step: a row of noisy images over a row of denoised images.
 
-    Noisy images are shown at the contrast of the data. Above each column stands its noise level σ.
+    Noisy images are shown at the contrast of the data. Each column is labelled with its noise level σ.
 
     Args:
-        pipeline ([`PetDiffusionPipeline`]): what to sample from.
-        seed (`int`, defaults to 0): of the noise, which all classes start from.
-        class_labels (`list[int]`, *optional*): ids of the classes; all of them if not given.
-        kwargs: passed to the pipeline.
+        pipeline ([`PetDiffusionPipeline`]): the pipeline that draws.
+        seed (`int`, defaults to 0): seed of the noise from which all classes start.
+        class_labels (`list[int]`, *optional*): ids of the classes; the default is every class.
+        kwargs: further arguments of the pipeline.
     """
     names = class_names(pipeline)
     class_labels = list(range(len(names))) if class_labels is None else class_labels
@@ -188,15 +188,15 @@ def step_comparison(
     class_labels: list[int] | None = None,
     **kwargs: Any,
 ) -> Image.Image:
-    """The same noise denoised with different numbers of steps, a row each; `num_images` of each class.
+    """Draws the same noise with different numbers of steps, one row for each number.
 
     Args:
-        pipeline ([`PetDiffusionPipeline`]): what to sample from.
+        pipeline ([`PetDiffusionPipeline`]): the pipeline that draws.
         steps (`tuple[int, ...]`, defaults to `(5, 10, 20, 40)`): numbers of steps.
-        num_images (`int`, defaults to 4): images per class.
-        seed (`int`, defaults to 0): of the noise.
-        class_labels (`list[int]`, *optional*): ids of the classes; all of them if not given.
-        kwargs: passed to the pipeline.
+        num_images (`int`, defaults to 4): number of images per class.
+        seed (`int`, defaults to 0): seed of the first image of each class.
+        class_labels (`list[int]`, *optional*): ids of the classes; the default is every class.
+        kwargs: further arguments of the pipeline.
     """
     names = class_names(pipeline)
     class_labels = list(range(len(names))) if class_labels is None else class_labels
@@ -209,10 +209,10 @@ def step_comparison(
 
 
 def loss_curves(metrics_path: str | Path) -> Image.Image:
-    """Draws the training and validation losses of a run.
+    """Draws the losses of a training, by images seen and by noise level.
 
     Args:
-        metrics_path (`str` or `Path`): the run's `metrics.jsonl`.
+        metrics_path (`str` or `Path`): the file `metrics.jsonl` of the training.
     """
     from matplotlib.figure import Figure
 
@@ -262,14 +262,15 @@ def loss_curves(metrics_path: str | Path) -> Image.Image:
 def evidence_figure(
     images: list[Image.Image], evidence: list[ClassificationEvidence], names: list[str]
 ) -> Image.Image:
-    """Draws why images were classified as they were, a row each.
+    """Draws why images were classified as they were, one row for each image.
 
-    Left the image, then where it speaks for the best class (red) or for the second best (blue), then how much
-    larger the error of each class is than that of the best, by noise level.
+    A row shows the image, then the pixels that speak for the best class (red) or for the second best (blue),
+    and then how much the error of every other class exceeds that of the best class, by noise level.
 
     Args:
         images (`list[Image.Image]`): the images, of any size.
-        evidence (`list[ClassificationEvidence]`): of each, as [`PetClassificationPipeline`] returns it.
+        evidence (`list[ClassificationEvidence]`): the evidence of each image, as
+            [`PetClassificationPipeline`] returns it.
         names (`list[str]`): names of the classes, in the order of their ids.
     """
     from matplotlib.figure import Figure
@@ -289,12 +290,12 @@ def evidence_figure(
 
 
 def array_image(image: torch.Tensor) -> Image.Image:
-    """Returns a uint8 tensor `(channels, height, width)`, of one channel or three, as an image."""
+    """Converts a uint8 tensor `(channels, height, width)` of one or three channels to an image."""
     return Image.fromarray(image.squeeze(0).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
 
 
 def evidence_map(evidence: ClassificationEvidence) -> Image.Image:
-    """Draws where an image speaks for the best class (red) or for the second best (blue), pixel by pixel."""
+    """Draws which pixels speak for the best class (red) and which for the second best (blue)."""
     from matplotlib import colormaps
 
     limit = evidence.difference.abs().max().item() or 1.0
@@ -303,10 +304,10 @@ def evidence_map(evidence: ClassificationEvidence) -> Image.Image:
 
 
 def error_figure(evidence: ClassificationEvidence, names: list[str]) -> Image.Image:
-    """Draws the error of each class by noise level, and how much larger the others' are than the best's.
+    """Draws the error of each class by noise level, and by how much it exceeds that of the best class.
 
     Args:
-        evidence (`ClassificationEvidence`): of one image.
+        evidence (`ClassificationEvidence`): the evidence of one image.
         names (`list[str]`): names of the classes, in the order of their ids.
     """
     from matplotlib.figure import Figure
@@ -322,11 +323,11 @@ def error_figure(evidence: ClassificationEvidence, names: list[str]) -> Image.Im
 
 
 def guidance_figure(sigmas: list[float], weights: list[float]) -> Image.Image:
-    """Draws the strength w(σ) of the guidance at each step of a sampling, the first step to the left.
+    """Draws the guidance weight w(σ) of each step of a sampling, with the first step to the left.
 
     Args:
         sigmas (`list[float]`): noise level of each step.
-        weights (`list[float]`): w at each step; 1 is no guidance.
+        weights (`list[float]`): w(σ) of each step; 1 means no guidance.
     """
     from matplotlib.figure import Figure
 
@@ -340,7 +341,7 @@ def guidance_figure(sigmas: list[float], weights: list[float]) -> Image.Image:
 
 
 def _draw_excess(axis: Any, evidence: ClassificationEvidence, names: list[str]) -> None:
-    """Draws how much larger the error of each class is than that of the best, by noise level."""
+    """Draws by how much the error of every other class exceeds that of the best class."""
     best = evidence.labels[0]
     for name, errors in zip(names, evidence.errors):
         if name != best:
@@ -352,12 +353,12 @@ def _draw_excess(axis: Any, evidence: ClassificationEvidence, names: list[str]) 
 
 
 def reliability_diagram(probabilities: torch.Tensor, labels: torch.Tensor, num_bins: int = 10) -> Image.Image:
-    """Draws how often answers of each confidence are right; on the diagonal, confidences can be trusted.
+    """Draws the accuracy of answers by their confidence. On the diagonal, the two are equal.
 
     Args:
-        probabilities (`torch.Tensor` of shape `(N, classes)`): of each class.
+        probabilities (`torch.Tensor` of shape `(N, classes)`): probability of each class.
         labels (`torch.Tensor` of shape `(N,)`): the true classes.
-        num_bins (`int`, defaults to 10): bins of equal numbers of images.
+        num_bins (`int`, defaults to 10): number of bins, which hold equally many images.
     """
     from matplotlib.figure import Figure
 
@@ -377,7 +378,7 @@ def reliability_diagram(probabilities: torch.Tensor, labels: torch.Tensor, num_b
 
 
 def _drawn(figure: Any) -> Image.Image:
-    """Returns a matplotlib figure as an image."""
+    """Converts a matplotlib figure to an image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
