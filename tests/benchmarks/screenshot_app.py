@@ -1,4 +1,4 @@
-"""Takes README's pictures of the web page, and measures the time from a click to the images.
+"""Takes the pictures of the web page in docs, and measures the time from a click to the images.
 
 python tests/benchmarks/screenshot_app.py --reference uoft-cs/cifar10
 """
@@ -27,7 +27,7 @@ from browser import chromium  # noqa: E402
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-OUT = Path(__file__).parent
+OUT = Path(__file__).parent.parent.parent / "docs" / "images"
 
 
 def save_screenshot(page: "Page", name: str, scroll_up: bool = True) -> None:
