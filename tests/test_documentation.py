@@ -106,16 +106,15 @@ def small_measurements(workspace, monkeypatch):
     monkeypatch.setitem(FEATURE_EXTRACTORS, "efficientnet", Pixels)
     monkeypatch.setattr("pet_pipeline.metrics.EfficientNetLite0Features", Pixels)
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", "assets")
-    monkeypatch.setattr(
-        "pet_pipeline.evaluation.evaluate",
-        lambda *args, **kwargs: evaluate(*args, **{**kwargs, "num_images": 8}),
-    )
-    monkeypatch.setattr(
-        "pet_pipeline.evaluation.load_reference",
-        lambda name, classes, resolution, *args, **kwargs: load_reference(
-            "data", classes, 8, *args, **{**kwargs, "cache_dir": "cache"}
-        ),
-    )
+
+    def evaluate_few(*args, **kwargs):
+        return evaluate(*args, **(kwargs | ({"num_images": 8} if "num_images" in kwargs else {})))
+
+    def load_tiny(name, classes, resolution, *args, **kwargs):
+        return load_reference("data", classes, 8, *args, **{**kwargs, "cache_dir": "cache"})
+
+    monkeypatch.setattr("pet_pipeline.evaluation.evaluate", evaluate_few)
+    monkeypatch.setattr("pet_pipeline.evaluation.load_reference", load_tiny)
 
 
 def smaller(words: list[str]) -> list[str]:

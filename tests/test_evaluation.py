@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
+from support.features import Pixels
 from support.oracles import EmpiricalDenoiser, GaussianDenoiser
-from torch import nn
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
 from pet_pipeline.__main__ import main
@@ -23,20 +23,6 @@ from pet_pipeline.evaluation import (
 )
 from pet_pipeline.hub import markdown_table
 from pet_pipeline.metrics import FEATURE_EXTRACTORS, validation_loss
-
-
-class Pixels(nn.Module):
-    """Features that are the means of 2×2 blocks."""
-
-    name = "Pixels"
-    num_features = 48
-
-    def __init__(self):
-        super().__init__()
-        self.placeholder = nn.Parameter(torch.zeros(()))
-
-    def forward(self, images):
-        return nn.functional.avg_pool2d(images.float() / 255, 2).flatten(1)
 
 
 @pytest.fixture(autouse=True)
