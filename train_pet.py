@@ -56,6 +56,7 @@ from pet_pipeline.data import (
     stratified_split,
     to_model_range,
 )
+from pet_pipeline.evaluation.metrics import validation_loss
 from pet_pipeline.hub import (
     EVALUATION_FILES,
     TrainingReport,
@@ -64,7 +65,6 @@ from pet_pipeline.hub import (
     render_model_card,
 )
 from pet_pipeline.losses import PRESETS as LOSS_PRESETS
-from pet_pipeline.metrics import validation_loss
 from pet_pipeline.optimization import create_optimizer, learning_rate_factor
 from pet_pipeline.pipeline_pet_diffusion import check_labels
 from pet_pipeline.transformer_pet import PRESETS as MODEL_PRESETS

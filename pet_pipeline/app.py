@@ -60,7 +60,7 @@ from .visualization import (
 
 
 if TYPE_CHECKING:
-    from .evaluation import Reference
+    from .evaluation.reference import Reference
 
 # What one request may ask for, and how many requests and files may wait.
 MAX_IMAGES = 16
@@ -430,7 +430,7 @@ def example_images(
         # In few steps, as the page waits for them.
         drawn = sample(pipeline, names[:NUM_EXAMPLES], number, 0, Settings(steps=8)).rows
         return [(image, f"drawn as {name}") for name, row in drawn.items() for image in row]
-    from .evaluation import balanced_subset
+    from .evaluation.reference import balanced_subset
 
     unseen = balanced_subset(reference.validation, NUM_EXAMPLES)
     return [
@@ -530,7 +530,7 @@ def neighbors_html(samples: Samples, training_images: torch.Tensor) -> str:
         training_images (`torch.Tensor` of shape `(M, 3, height, width)`, uint8): the images it is trained on.
     """
     from .data import image_to_tensor, to_model_range
-    from .metrics import nearest_neighbors, pixel_distances
+    from .evaluation.metrics import nearest_neighbors, pixel_distances
 
     images = [image for row in samples.rows.values() for image in row]
     labels = [

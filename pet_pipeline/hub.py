@@ -32,6 +32,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
+from .evaluation.tables import COLUMNS, markdown_table
 
 
 if TYPE_CHECKING:
@@ -48,20 +49,6 @@ PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,199}")
 # Libraries whose classes need no source file beside the weights.
 KNOWN_LIBRARIES = ("diffusers", "transformers")
-
-# Heading and format of each column of the table of an evaluation.
-COLUMNS = {
-    "fd_efflite0": ("FD-EffLite0", "{:.1f}"),
-    "kid_efflite0": ("KID-EffLite0 ×10³", "{:.2f}"),
-    "fd_inception": ("FID", "{:.2f}"),
-    "kid_inception": ("KID ×10³", "{:.2f}"),
-    "precision": ("precision", "{:.3f}"),
-    "recall": ("recall", "{:.3f}"),
-    "class_accuracy": ("class accuracy", "{:.3f}"),
-    "memorization_ratio": ("memorised", "{:.4f}"),
-    "nearest_distance": ("nearest, RMS", "{:.3f}"),
-    "validation_loss": ("validation loss", "{:.4f}"),
-}
 
 # How a card tells of the settings of an evaluation.
 SETTING_PHRASES = {
@@ -724,26 +711,6 @@ def add_evaluation(card: ModelCard, record: dict[str, Any], model_name: str) -> 
     ]
     section = evaluation_section(record)
     card.text = EVALUATION_PART.sub(lambda match: f"{match[1]}{section}\n{match[2]}", card.text)
-
-
-def markdown_table(record: dict[str, Any], name: str) -> str:
-    """Returns the record as a Markdown table: a row for the pipeline and one for each floor."""
-    rows = {name: record["measures"], **record.get("floors", {})}
-    keys = [key for key in COLUMNS if key in record["measures"]]
-    headings = ["images of", *(COLUMNS[key][0] for key in keys), "evaluations", "images/s"]
-    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
-    for row_name, measures in rows.items():
-        cells = [row_name]
-        for key in keys:
-            value = measures.get(key)
-            scaled = None if value is None else value * (1000 if key.startswith("kid") else 1)
-            cells.append("" if scaled is None else COLUMNS[key][1].format(scaled))
-        if row_name == name:
-            cells += [f"{record['evaluations_per_image']:.1f}", f"{record['images_per_second']:.2f}"]
-        else:
-            cells += ["", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def evaluation_section(record: dict[str, Any]) -> str:

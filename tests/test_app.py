@@ -22,7 +22,7 @@ from PIL import Image
 
 from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
 from pet_pipeline.__main__ import main
-from pet_pipeline.evaluation import load_reference
+from pet_pipeline.evaluation.reference import load_reference
 from pet_pipeline.pipeline_pet_diffusion import GUIDANCE_SCHEDULES
 from pet_pipeline.sampling import SCHEDULERS, image_settings
 

@@ -18,8 +18,9 @@ import train_pet
 from pet_pipeline import PetClassificationPipeline, PetDiffusionPipeline
 from pet_pipeline.__main__ import main
 from pet_pipeline.app import serve
-from pet_pipeline.evaluation import evaluate, load_reference
-from pet_pipeline.metrics import FEATURE_EXTRACTORS
+from pet_pipeline.evaluation.images import evaluate
+from pet_pipeline.evaluation.metrics import FEATURE_EXTRACTORS
+from pet_pipeline.evaluation.reference import load_reference
 
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +105,7 @@ def pages(workspace, monkeypatch):
 def small_measurements(workspace, monkeypatch):
     """Evaluations of 8 images with features that need no network."""
     monkeypatch.setitem(FEATURE_EXTRACTORS, "efficientnet", Pixels)
-    monkeypatch.setattr("pet_pipeline.metrics.EfficientNetLite0Features", Pixels)
+    monkeypatch.setattr("pet_pipeline.evaluation.metrics.EfficientNetLite0Features", Pixels)
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", "assets")
 
     def evaluate_few(*args, **kwargs):
@@ -113,8 +114,8 @@ def small_measurements(workspace, monkeypatch):
     def load_tiny(name, classes, resolution, *args, **kwargs):
         return load_reference("data", classes, 8, *args, **{**kwargs, "cache_dir": "cache"})
 
-    monkeypatch.setattr("pet_pipeline.evaluation.evaluate", evaluate_few)
-    monkeypatch.setattr("pet_pipeline.evaluation.load_reference", load_tiny)
+    monkeypatch.setattr("pet_pipeline.evaluation.images.evaluate", evaluate_few)
+    monkeypatch.setattr("pet_pipeline.evaluation.reference.load_reference", load_tiny)
 
 
 def smaller(words: list[str]) -> list[str]:

@@ -7,22 +7,20 @@ from support.oracles import EmpiricalDenoiser, GaussianDenoiser
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
 from pet_pipeline.__main__ import main
-from pet_pipeline.classifier import PetClassifier
 from pet_pipeline.data import ImageDataset, load_image_dataset, stratified_split
-from pet_pipeline.evaluation import (
-    Reference,
-    balanced_subset,
+from pet_pipeline.evaluation.classifier import PetClassifier
+from pet_pipeline.evaluation.images import (
     class_accuracy,
     evaluate,
     floors,
     generate_images,
     load_classifier,
-    load_reference,
     measure_images,
     neighbor_grid,
 )
-from pet_pipeline.hub import markdown_table
-from pet_pipeline.metrics import FEATURE_EXTRACTORS, validation_loss
+from pet_pipeline.evaluation.metrics import FEATURE_EXTRACTORS, validation_loss
+from pet_pipeline.evaluation.reference import Reference, balanced_subset, load_reference
+from pet_pipeline.evaluation.tables import markdown_table
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +182,7 @@ def test_a_reference_is_split_as_its_training_was(image_folder):
 def test_evaluate_writes_its_files(pipeline, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(FEATURE_EXTRACTORS, "efficientnet", Pixels)
     judge = PetClassifier(width=4).eval()
-    monkeypatch.setattr("pet_pipeline.evaluation.load_classifier", lambda names, resolution: judge)
+    monkeypatch.setattr("pet_pipeline.evaluation.images.load_classifier", lambda names, resolution: judge)
     pipeline.save_pretrained(tmp_path / "model")
     words = ["evaluate", str(tmp_path / "model"), "--reference", str(image_folder), "--num_images", "16"]
     words += ["--steps", "2", "--floors", "--cache_dir", str(tmp_path / "cache")]

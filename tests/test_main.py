@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 import train_pet
 from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline, app
 from pet_pipeline.__main__ import build_parser, main
-from pet_pipeline.metrics import FEATURE_EXTRACTORS
+from pet_pipeline.evaluation.metrics import FEATURE_EXTRACTORS
 from pet_pipeline.pipeline_pet_classification import WEIGHTINGS
 from pet_pipeline.sampling import MAX_SEED, SampleSettings, image_settings
 
@@ -234,8 +234,8 @@ def test_every_seed_can_be_given_again(saved, tmp_path, capsys):
 
 
 def test_a_missing_package_is_named_with_its_extra(saved, monkeypatch, capsys):
-    for module in ("pet_pipeline.data", "pet_pipeline.evaluation", "pet_pipeline.classification"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
+    for name in ("data", "evaluation.reference", "evaluation.calibration"):
+        monkeypatch.delitem(sys.modules, f"pet_pipeline.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert main(["calibrate", saved, "--reference", "any"]) == 1
     assert 'pip install "pet-pipeline[train]"' in capsys.readouterr().err

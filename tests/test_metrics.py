@@ -5,7 +5,7 @@ from support.oracles import EmpiricalDenoiser, GaussianDenoiser
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
 from pet_pipeline.data import ImageDataset
-from pet_pipeline.metrics import (
+from pet_pipeline.evaluation.metrics import (
     VALIDATION_SIGMAS,
     EfficientNetLite0Features,
     NearestNeighbors,

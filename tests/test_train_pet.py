@@ -21,7 +21,7 @@ import train_pet
 from pet_pipeline import AdaptiveEDMScheduler, BalancedAdaptiveLoss, PetDiffusionPipeline
 from pet_pipeline.checkpointing import find_checkpoint, list_checkpoints
 from pet_pipeline.data import load_image_dataset, stratified_split, to_model_range
-from pet_pipeline.metrics import validation_loss
+from pet_pipeline.evaluation.metrics import validation_loss
 from pet_pipeline.optimization import learning_rate_factor
 from pet_pipeline.transformer_pet import frequency_variances
 

@@ -39,8 +39,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Calibrates the model and prints how well the calibrated classifier does on the same images."""
-    from ..classification import class_errors, fit_calibration, measure_classification
-    from ..evaluation import balanced_subset
+    from ..evaluation.calibration import class_errors, fit_calibration, measure_classification
+    from ..evaluation.reference import balanced_subset
     from ..visualization import class_names
 
     if not Path(args.model).is_dir():

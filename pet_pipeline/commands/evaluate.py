@@ -99,9 +99,9 @@ def run(args: argparse.Namespace) -> None:
 
 def run_images(args: argparse.Namespace) -> None:
     """Measures the images of the model."""
-    from ..evaluation import evaluate, generated_grid, neighbor_grid, save_record
-    from ..hub import markdown_table
-    from ..metrics import FEATURE_EXTRACTORS
+    from ..evaluation.images import evaluate, generated_grid, neighbor_grid
+    from ..evaluation.metrics import FEATURE_EXTRACTORS
+    from ..evaluation.tables import markdown_table, save_record
     from ..visualization import class_names
 
     settings = sample_settings(args)
@@ -140,8 +140,10 @@ def run_images(args: argparse.Namespace) -> None:
 
 def run_classification(args: argparse.Namespace) -> None:
     """Measures the classifications of the model."""
-    from ..classification import accuracy_curve, evaluate_classification
-    from ..evaluation import balanced_subset, class_accuracy, load_classifier, save_record
+    from ..evaluation.calibration import accuracy_curve, evaluate_classification
+    from ..evaluation.images import class_accuracy, load_classifier
+    from ..evaluation.reference import balanced_subset
+    from ..evaluation.tables import save_record
     from ..visualization import class_names, reliability_diagram
 
     pipeline = as_classifier(load_pipeline(args.model, device=args.device))

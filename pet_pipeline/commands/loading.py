@@ -8,7 +8,7 @@ from ..sampling import scheduler_by_name
 
 
 if TYPE_CHECKING:
-    from ..evaluation import Reference
+    from ..evaluation.reference import Reference
     from ..pipeline_pet_classification import PetClassificationPipeline
     from ..pipeline_pet_diffusion import PetDiffusionPipeline
 
@@ -68,7 +68,7 @@ def as_classifier(pipeline: "PetDiffusionPipeline") -> "PetClassificationPipelin
 
 def load_reference_of(args: argparse.Namespace, pipeline: "PetDiffusionPipeline", split: str) -> "Reference":
     """Loads the data set of the options of [`add_reference_options`] for the classes of a pipeline."""
-    from ..evaluation import load_reference
+    from ..evaluation.reference import load_reference
     from ..visualization import class_names
 
     return load_reference(

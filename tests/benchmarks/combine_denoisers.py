@@ -18,8 +18,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from train_baseline import load_denoiser
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
-from pet_pipeline.evaluation import generate_images, load_reference, measure_images
-from pet_pipeline.metrics import EfficientNetLite0Features
+from pet_pipeline.evaluation.images import generate_images, measure_images
+from pet_pipeline.evaluation.metrics import EfficientNetLite0Features
+from pet_pipeline.evaluation.reference import load_reference
 
 
 class CombinedDenoiser(ModelMixin, ConfigMixin):

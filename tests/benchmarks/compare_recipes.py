@@ -123,8 +123,9 @@ def measure(args: argparse.Namespace) -> None:
     from train_baseline import load_denoiser
 
     from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
-    from pet_pipeline.evaluation import generate_images, load_reference, measure_images
-    from pet_pipeline.metrics import EfficientNetLite0Features
+    from pet_pipeline.evaluation.images import generate_images, measure_images
+    from pet_pipeline.evaluation.metrics import EfficientNetLite0Features
+    from pet_pipeline.evaluation.reference import load_reference
 
     pipeline = PetDiffusionPipeline(load_denoiser(args.measure), AdaptiveEDMScheduler())
     pipeline.set_progress_bar_config(disable=True)

@@ -11,7 +11,7 @@ import torch
 
 from pet_pipeline import PetDiffusionPipeline
 from pet_pipeline.data import ImageDataset, load_image_dataset, stratified_split, to_model_range
-from pet_pipeline.metrics import validation_loss
+from pet_pipeline.evaluation.metrics import validation_loss
 from pet_pipeline.visualization import class_names
 
 

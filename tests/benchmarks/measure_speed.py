@@ -23,7 +23,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from train_baseline import DiTBaseline, UNetBaseline, forward_flops
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, PetTransformer2DModel
-from pet_pipeline.evaluation import generate_images
+from pet_pipeline.evaluation.images import generate_images
 from pet_pipeline.optimization import BatchedMuon
 from pet_pipeline.transformer_pet import PetAttention
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pet_pipeline.app import serve
 from pet_pipeline.commands.loading import load_pipeline
-from pet_pipeline.evaluation import load_reference
+from pet_pipeline.evaluation.reference import load_reference
 from pet_pipeline.visualization import class_names
 
 

@@ -20,15 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
-from pet_pipeline.evaluation import (
-    balanced_subset,
-    class_names,
-    generate_images,
-    load_classifier,
-    load_reference,
-    measure_images,
-)
-from pet_pipeline.metrics import EfficientNetLite0Features
+from pet_pipeline.evaluation.images import generate_images, load_classifier, measure_images
+from pet_pipeline.evaluation.metrics import EfficientNetLite0Features
+from pet_pipeline.evaluation.reference import balanced_subset, load_reference
+from pet_pipeline.visualization import class_names
 
 
 NONE = {"guidance_scale": 1.0}

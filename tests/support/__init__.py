@@ -1,1 +1,1 @@
-"""What several test files share: a stand-in for the Hub, and denoisers known in closed form."""
+"""What several test files share: a stand-in for the Hub, known denoisers, and features of images."""

@@ -10,7 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 
-BUNDLED_CLASSIFIER = Path(__file__).parent / "pretrained_classifier"
+BUNDLED_CLASSIFIER = Path(__file__).parent.parent / "pretrained_classifier"
 
 
 class PetClassifier(ModelMixin, ConfigMixin):

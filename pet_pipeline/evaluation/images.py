@@ -1,11 +1,9 @@
 """Measures the quality of a pipeline's images against a data set: what `pet-pipeline evaluate` does."""
 
-import json
 import platform
 import time
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,8 +13,11 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data import to_model_range
+from ..sampling import generate
+from ..scheduling_adaptive_edm import AdaptiveEDMScheduler
+from ..visualization import array_image, class_names, image_grid
 from .classifier import BUNDLED_CLASSIFIER, PetClassifier
-from .data import ImageDataset, load_image_dataset, stratified_split, to_model_range
 from .metrics import (
     frechet_distance,
     image_features,
@@ -25,24 +26,7 @@ from .metrics import (
     precision_recall,
     validation_loss,
 )
-from .sampling import image_generators
-from .scheduling_adaptive_edm import AdaptiveEDMScheduler
-from .visualization import array_image, class_names, image_grid
-
-
-@dataclass
-class Reference:
-    """The real images of an evaluation.
-
-    Args:
-        train ([`ImageDataset`]): what `train_pet.py` trains on; copies are looked for here.
-        validation ([`ImageDataset`]): what it holds out.
-        images ([`ImageDataset`]): what generated images are compared with: the split that was asked for.
-    """
-
-    train: ImageDataset
-    validation: ImageDataset
-    images: ImageDataset
+from .reference import Reference, balanced_subset
 
 
 @dataclass
@@ -62,46 +46,6 @@ class GeneratedImages:
     seconds: float
 
 
-def load_reference(
-    dataset_name: str,
-    classes: list[str],
-    resolution: int,
-    split: str = "train",
-    validation_fraction: float = 0.1,
-    max_train_samples: int | None = None,
-    **kwargs: Any,
-) -> Reference:
-    """Loads a data set for an evaluation, split as `train_pet.py` splits it.
-
-    Args:
-        dataset_name (`str`), classes (`list[str]`), resolution (`int`): see [`load_image_dataset`].
-        split (`str`, defaults to `"train"`): `"train"`, `"validation"` for the images held out of it, or
-            another split of the data set.
-        validation_fraction (`float`, defaults to 0.1), max_train_samples (`int`, *optional*): those of the
-            training, see [`stratified_split`] and `max_samples` of [`load_image_dataset`].
-        kwargs: further arguments of [`load_image_dataset`].
-    """
-    dataset = load_image_dataset(dataset_name, classes, resolution, max_samples=max_train_samples, **kwargs)
-    train, validation = stratified_split(dataset, validation_fraction)
-    if split == "train":
-        images = train
-    elif split == "validation":
-        images = validation
-    else:
-        images = load_image_dataset(dataset_name, classes, resolution, split, **kwargs)
-    return Reference(train, validation, images)
-
-
-def balanced_subset(dataset: ImageDataset, num_images: int, start: int = 0) -> ImageDataset:
-    """Returns `num_images` images, as many of each class, from the `start`-th image of each class on."""
-    num_classes = len(dataset.class_names)
-    rows = []
-    for label in range(num_classes):
-        count = (num_images - label + num_classes - 1) // num_classes
-        rows.append((dataset.labels == label).nonzero().flatten()[start : start + count])
-    return dataset.subset(torch.cat(rows))
-
-
 def generate_images(
     pipeline: DiffusionPipeline, num_images: int, batch_size: int = 64, seed: int = 0, **kwargs: Any
 ) -> GeneratedImages:
@@ -115,7 +59,7 @@ def generate_images(
         kwargs: passed to the pipeline.
     """
     num_classes = pipeline.transformer.config.num_classes
-    labels = torch.arange(num_images) % num_classes
+    labels_and_seeds = [(index % num_classes, seed + index) for index in range(num_images)]
     evaluations = 0
 
     def count(module: nn.Module, args: tuple, output: Any) -> None:
@@ -123,18 +67,17 @@ def generate_images(
         evaluations += len(output[0])
 
     hook = pipeline.transformer.register_forward_hook(count)
-    batches = []
+    images = []
     began = time.perf_counter()
+    drawn = generate(pipeline, labels_and_seeds, batch_size, output_type="pt", **kwargs)
     try:
-        for start in tqdm(range(0, num_images, batch_size), desc="batches of images", leave=False):
-            part = labels[start : start + batch_size].tolist()
-            generators = image_generators(len(part), seed + start)
-            images = pipeline(part, generator=generators, output_type="pt", **kwargs).images
-            batches.append((images * 255).round().clamp(0, 255).to("cpu", torch.uint8))
+        for _, _, image in tqdm(drawn, "images", num_images, leave=False):
+            images.append((image * 255).round().clamp(0, 255).to("cpu", torch.uint8))
     finally:
         hook.remove()
     seconds = time.perf_counter() - began
-    return GeneratedImages(torch.cat(batches), labels, evaluations / num_images, seconds / num_images)
+    labels = torch.tensor([label for label, _ in labels_and_seeds])
+    return GeneratedImages(torch.stack(images), labels, evaluations / num_images, seconds / num_images)
 
 
 def measure_images(
@@ -326,8 +269,3 @@ def evaluate(
     if with_floors:
         record["floors"] = floors(reference, num_images, extractor, classifier)
     return record, generated
-
-
-def save_record(record: dict[str, Any], path: Path) -> None:
-    """Writes the record as JSON."""
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,63 @@
+"""The real images that an evaluation compares generated images with."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..data import ImageDataset, load_image_dataset, stratified_split
+
+
+@dataclass
+class Reference:
+    """The real images of an evaluation.
+
+    Args:
+        train ([`ImageDataset`]): what `train_pet.py` trains on; copies are looked for here.
+        validation ([`ImageDataset`]): what it holds out.
+        images ([`ImageDataset`]): what generated images are compared with: the split that was asked for.
+    """
+
+    train: ImageDataset
+    validation: ImageDataset
+    images: ImageDataset
+
+
+def load_reference(
+    dataset_name: str,
+    classes: list[str],
+    resolution: int,
+    split: str = "train",
+    validation_fraction: float = 0.1,
+    max_train_samples: int | None = None,
+    **kwargs: Any,
+) -> Reference:
+    """Loads a data set for an evaluation, split as `train_pet.py` splits it.
+
+    Args:
+        dataset_name (`str`), classes (`list[str]`), resolution (`int`): see [`load_image_dataset`].
+        split (`str`, defaults to `"train"`): `"train"`, `"validation"` for the images held out of it, or
+            another split of the data set.
+        validation_fraction (`float`, defaults to 0.1), max_train_samples (`int`, *optional*): those of the
+            training, see [`stratified_split`] and `max_samples` of [`load_image_dataset`].
+        kwargs: further arguments of [`load_image_dataset`].
+    """
+    dataset = load_image_dataset(dataset_name, classes, resolution, max_samples=max_train_samples, **kwargs)
+    train, validation = stratified_split(dataset, validation_fraction)
+    if split == "train":
+        images = train
+    elif split == "validation":
+        images = validation
+    else:
+        images = load_image_dataset(dataset_name, classes, resolution, split, **kwargs)
+    return Reference(train, validation, images)
+
+
+def balanced_subset(dataset: ImageDataset, num_images: int, start: int = 0) -> ImageDataset:
+    """Returns `num_images` images, as many of each class, from the `start`-th image of each class on."""
+    num_classes = len(dataset.class_names)
+    rows = []
+    for label in range(num_classes):
+        count = (num_images - label + num_classes - 1) // num_classes
+        rows.append((dataset.labels == label).nonzero().flatten()[start : start + count])
+    return dataset.subset(torch.cat(rows))
