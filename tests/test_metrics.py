@@ -63,6 +63,10 @@ def test_nearest_neighbors_see_mirrored_copies_and_merge_duplicates():
     assert neighbors.distances[:2].tolist() == pytest.approx([0, 0.02], abs=1e-3)
     assert (neighbors.second_distances > 0.4).all()
     assert neighbors.memorization_ratio() == pytest.approx(2 / 3)
+    # Without duplicates, the near-duplicate is the second nearest image, and never the nearest image itself.
+    strict = nearest_neighbors(samples, images, duplicate_distance=0.0)
+    assert strict.second_distances[0].item() == pytest.approx(0.01, abs=1e-3)
+    assert strict.second_distances[1] > 0.4
     # Under a third of the second distance.
     near = NearestNeighbors(torch.arange(2), torch.tensor([0.32, 0.35]), torch.ones(2))
     assert near.memorization_ratio() == 0.5

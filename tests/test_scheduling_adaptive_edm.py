@@ -187,6 +187,29 @@ def test_fixed_draw_follows_the_truncated_log_normal():
     assert sigmas.median().item() == pytest.approx(median.item(), rel=1e-3)
 
 
+def test_each_level_of_a_batch_is_drawn_in_a_stratum_of_its_own():
+    scheduler = AdaptiveEDMScheduler(adaptive=False)
+    proposal = torch.distributions.Normal(torch.tensor(-1.6).double(), 1.4)
+    low, high = proposal.cdf(torch.tensor([0.002, 80.0]).double().log())
+    sigmas = scheduler.sample_training_sigmas(1000, torch.Generator().manual_seed(0)).sigmas.double()
+    probabilities = (proposal.cdf(sigmas.log()) - low) / (high - low)
+    inside = 1000 * probabilities - torch.arange(1000)
+    assert inside.min() > -0.01 and inside.max() < 1.01
+    # Each is uniform in its stratum and independent of the others.
+    assert inside.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert inside.std().item() == pytest.approx(12**-0.5, abs=0.02)
+    assert abs(torch.corrcoef(torch.stack([inside[1:], inside[:-1]]))[0, 1].item()) < 0.1
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_extreme_draws_stay_between_the_smallest_and_largest_level(uniform, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda size, **kwargs: torch.full((size,), uniform))
+    for sigma_max in (1.0, 80.0, 1e6):
+        scheduler = AdaptiveEDMScheduler(adaptive=False, sigma_min=1e-6, sigma_max=sigma_max, p_std=0.5)
+        sigmas = scheduler.sample_training_sigmas(1).sigmas
+        assert 1e-6 * (1 - 1e-6) <= sigmas.item() <= sigma_max * (1 + 1e-6)
+
+
 def adapted_scheduler(loss, adaptive=True):
     scheduler = AdaptiveEDMScheduler(adaptive=adaptive)
     for step in range(50):
