@@ -21,13 +21,20 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast, set_seed
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast,
+    set_seed,
+)
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm.auto import tqdm
@@ -40,9 +47,11 @@ from pet_pipeline import (
 )
 from pet_pipeline.checkpointing import (
     Interruption,
+    checkpoint_path,
     checkpoint_step,
     find_checkpoint,
     list_checkpoints,
+    read_split,
     save_checkpoint,
     save_pipeline,
     set_aside,
@@ -51,9 +60,10 @@ from pet_pipeline.checkpointing import (
 from pet_pipeline.commands.options import HelpFormatter
 from pet_pipeline.data import (
     ImageDataset,
+    describe_split,
     load_image_dataset,
     random_horizontal_flip,
-    stratified_split,
+    split_dataset,
     to_model_range,
 )
 from pet_pipeline.evaluation.metrics import validation_loss
@@ -65,6 +75,7 @@ from pet_pipeline.hub import (
     render_model_card,
 )
 from pet_pipeline.losses import PRESETS as LOSS_PRESETS
+from pet_pipeline.losses import DenoiserWithLoss
 from pet_pipeline.optimization import create_optimizer, learning_rate_factor
 from pet_pipeline.pipeline_pet_diffusion import check_labels
 from pet_pipeline.transformer_pet import PRESETS as MODEL_PRESETS
@@ -430,6 +441,8 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         dataloader_config=DataLoaderConfiguration(
             use_seedable_sampler=True, data_seed=args.seed, non_blocking=True
         ),
+        # The other processes wait while the main process validates, draws samples and pushes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
         log_with=args.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
     )
@@ -445,6 +458,29 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     samples_dir, metrics_path = output_dir / "samples", output_dir / "metrics.jsonl"
+
+    checkpoint, later = None, []
+    if args.resume_from_checkpoint is not None:
+        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+        step = checkpoint_step(checkpoint)
+        later = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) > step]
+        if later and args.resume_from_checkpoint != "latest":
+            raise ValueError(
+                f"{args.output_dir!r} holds later checkpoints than the one to resume from: "
+                f"{', '.join(path.name for path in later)}. Move them away, or choose another --output_dir."
+            )
+        num_processes = len(list(checkpoint.glob("random_states_*")))
+        if num_processes != accelerator.num_processes:
+            warnings.warn(
+                f"{str(checkpoint)!r} is of {num_processes} processes: with {accelerator.num_processes} the "
+                "training goes on, but not with the numbers of an uninterrupted one.",
+                stacklevel=1,
+            )
+    elif list_checkpoints(output_dir):
+        raise ValueError(
+            f"{args.output_dir!r} holds the checkpoints of another run: continue it with "
+            "--resume_from_checkpoint latest, or choose another --output_dir."
+        )
 
     # 2. Data: decoded once, the validation part held out
     if args.pretrained_model_name_or_path is None:
@@ -466,8 +502,10 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         max_samples=args.max_train_samples,
     )
     # The split does not depend on the seed: what one run has not seen, no run has.
-    train_set, validation_set = stratified_split(dataset, args.validation_fraction)
-    validation_set = validation_set.subset(torch.arange(min(args.validation_images, len(validation_set))))
+    train_set, held_out_set = split_dataset(
+        dataset, args.validation_fraction, None if checkpoint is None else read_split(checkpoint)
+    )
+    validation_set = held_out_set.subset(torch.arange(min(args.validation_images, len(held_out_set))))
     train_loader = torch.utils.data.DataLoader(
         train_set,
         batch_size=args.train_batch_size,
@@ -534,28 +572,6 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         transformer.compile()
 
     # Nothing is written before everything that was asked for has been found.
-    checkpoint, later = None, []
-    if args.resume_from_checkpoint is not None:
-        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-        step = checkpoint_step(checkpoint)
-        later = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) > step]
-        if later and args.resume_from_checkpoint != "latest":
-            raise ValueError(
-                f"{args.output_dir!r} holds later checkpoints than the one to resume from: "
-                f"{', '.join(path.name for path in later)}. Move them away, or choose another --output_dir."
-            )
-        num_processes = len(list(checkpoint.glob("random_states_*")))
-        if num_processes != accelerator.num_processes:
-            warnings.warn(
-                f"{str(checkpoint)!r} is of {num_processes} processes: with {accelerator.num_processes} the "
-                "training goes on, but not with the numbers of an uninterrupted one.",
-                stacklevel=1,
-            )
-    elif list_checkpoints(output_dir):
-        raise ValueError(
-            f"{args.output_dir!r} holds the checkpoints of another run: continue it with "
-            "--resume_from_checkpoint latest, or choose another --output_dir."
-        )
     repo_id = args.hub_model_id or output_dir.resolve().name
     if args.push_to_hub and accelerator.is_main_process:
         repo_id = create_repository(repo_id, args.hub_private_repo, args.hub_token).id
@@ -564,9 +580,9 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
     if accelerator.is_main_process:
         for path in later:  # than the newest that is intact
             set_aside(path)
-    transformer, loss_function, optimizer, train_loader = accelerator.prepare(
-        transformer, loss_function, optimizer, train_loader
-    )
+    # One module with one forward: FSDP takes only one, and DDP none without parameters.
+    model = DenoiserWithLoss(transformer, loss_function)
+    model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
     accelerator.register_for_checkpointing(ema, scheduler, state)
 
     # 4. Length of the training, and where it starts
@@ -609,6 +625,7 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
         }
         accelerator.init_trackers(args.tracker_project_name, config=plain)
 
+    split = describe_split(train_set, held_out_set)
     start_time = time.monotonic() - state.seconds
     validation_losses: dict[int, float] = {}  # by step
 
@@ -755,7 +772,7 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
     num_summed = num_skipped = 0
     observed: list[tuple[torch.Tensor, torch.Tensor]] = []  # σ and losses of the micro-steps of a step
     done = progress()
-    if checkpoint is not None and done < 1:
+    if checkpoint is not None and state.step > 0 and done < 1:
         measure()
     with Interruption() as interruption:
         while done < 1:
@@ -777,16 +794,14 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
                 timesteps = scheduler.precondition_noise(sigmas)
                 noisy_images = scheduler.add_noise(images, torch.randn_like(images), timesteps)
 
-                with accelerator.accumulate(transformer, loss_function):
-                    model_input = scheduler.precondition_inputs(noisy_images, sigmas)
-                    model_output = transformer(model_input, timesteps, labels, return_dict=False)[0].float()
-                    losses = loss_function(
-                        model_output,
+                with accelerator.accumulate(model):
+                    losses = model(
+                        scheduler.precondition_inputs(noisy_images, sigmas),
+                        timesteps,
+                        labels,
                         scheduler.training_target(images, noisy_images, sigmas),
                         sigmas,
-                        denoised=scheduler.precondition_outputs(noisy_images, model_output, sigmas),
-                        original_samples=images,
-                        weights=weights,
+                        weights,
                     )
                     accelerator.backward(losses.loss)
                     if accelerator.sync_gradients:
@@ -795,9 +810,7 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
                         )
                         for group, rate in zip(optimizer.param_groups, base_rates):
                             group["lr"] = rate * factor
-                        gradient_norm = accelerator.clip_grad_norm_(
-                            [*transformer.parameters(), *loss_function.parameters()], args.max_grad_norm
-                        )
+                        gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                         # The norm is that of all processes together, so that they agree.
                         is_finite = math.isfinite(gradient_norm.item())
                         if not is_finite:
@@ -817,8 +830,15 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
                     continue
                 step_sigmas, step_losses = (torch.cat(parts) for parts in zip(*observed))
                 observed = []
-                if not is_finite:
+                if is_finite:
+                    num_skipped = 0
+                    ema.step(transformer.parameters())
+                    state.step += 1
+                    done = progress()
+                    progress_bar.update()
+                else:
                     num_skipped += 1
+                    num_summed, sums = 0, {}  # the log's means are of finite losses
                     log_skipped_step(step_sigmas, step_losses)
                     if num_skipped == MAX_SKIPPED_STEPS:
                         stop(
@@ -826,15 +846,7 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
                             "--muon_learning_rate, try --mixed_precision no, or look at the images.",
                             exit_code=1,
                         )
-                    num_summed, sums = 0, {}  # the log's means are of finite losses
-                    continue
-
-                num_skipped = 0
-                ema.step(accelerator.unwrap_model(transformer).parameters())
-                state.step += 1
-                done = progress()
-                progress_bar.update()
-                if state.step % args.logging_steps == 0 or done >= 1:
+                if is_finite and (state.step % args.logging_steps == 0 or done >= 1):
                     values = {
                         name: accelerator.reduce(x / num_summed, "mean").item() for name, x in sums.items()
                     }
@@ -850,10 +862,20 @@ def main(args: argparse.Namespace, state: TrainingState) -> None:
                 if interruption.signal is not None:
                     accelerator.set_trigger()
                 is_interrupted = accelerator.check_trigger()  # on any process
-                if state.step % args.checkpointing_steps == 0 or done >= 1 or is_interrupted:
-                    path = save_checkpoint(accelerator, output_dir, state.step, args.checkpoints_total_limit)
+                is_due = is_finite and (state.step % args.checkpointing_steps == 0 or done >= 1)
+                # After a skipped step, the checkpoint of the step before is as good: the skipped batches,
+                # drawn again, are skipped again.
+                is_saved = checkpoint == checkpoint_path(output_dir, state.step)
+                if is_due or (is_interrupted and not is_saved):
+                    checkpoint = save_checkpoint(
+                        accelerator, output_dir, state.step, split, args.checkpoints_total_limit
+                    )
                 if is_interrupted:
-                    stop(f"interrupted; step {state.step:,} is saved in {path}.", interruption.exit_code)
+                    stop(
+                        f"interrupted; step {state.step:,} is saved in {checkpoint}.", interruption.exit_code
+                    )
+                if not is_finite:
+                    continue
                 if done >= 1:
                     break
                 measure()

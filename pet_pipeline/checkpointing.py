@@ -13,7 +13,7 @@ import signal
 import warnings
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
@@ -22,8 +22,14 @@ from safetensors import SafetensorError
 
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
+SPLIT = "split.json"
 # What is being written has this before its name, until it is complete.
 PARTIAL = "partial-"
+
+
+def checkpoint_path(output_dir: str | Path, step: int) -> Path:
+    """Returns the folder of the checkpoint after a number of optimizer steps."""
+    return Path(output_dir) / f"{PREFIX}{step}"
 
 
 def checkpoint_step(path: Path) -> int:
@@ -38,7 +44,11 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: str | Path, step: int, total_limit: int | None = None
+    accelerator: Accelerator,
+    output_dir: str | Path,
+    step: int,
+    split: dict[str, Any],
+    total_limit: int | None = None,
 ) -> Path:
     """Saves the training state and removes the oldest checkpoints; every process has to call it.
 
@@ -49,12 +59,13 @@ def save_checkpoint(
         accelerator (`Accelerator`): with the prepared and registered objects of the training.
         output_dir (`str` or `Path`): the run's folder.
         step (`int`): optimizer steps done.
+        split (`dict`): the run's split of the data set, see [`describe_split`].
         total_limit (`int`, *optional*): how many checkpoints to keep.
 
     Raises:
         OSError: if it cannot be written; earlier checkpoints are as they were.
     """
-    path = Path(output_dir) / f"{PREFIX}{step}"
+    path = checkpoint_path(output_dir, step)
     partial = path.with_name(f"{PARTIAL}{path.name}")
     if accelerator.is_main_process:
         for leftover in path.parent.glob(f"{PARTIAL}{PREFIX}*"):  # of a process that was killed
@@ -64,6 +75,7 @@ def save_checkpoint(
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            (partial / SPLIT).write_text(json.dumps(split))
             write_manifest(partial)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(partial, path)
@@ -154,6 +166,22 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path
     raise ValueError(
         f"There is no checkpoint {resume_from_checkpoint!r}, neither in {str(output_dir)!r} nor as a path."
     )
+
+
+def read_split(checkpoint: Path) -> dict[str, Any]:
+    """Returns the split of the data set that a checkpoint was trained with, see [`describe_split`].
+
+    Raises:
+        ValueError: if an earlier version of this package wrote the checkpoint, in another format.
+    """
+    try:
+        return json.loads((checkpoint / SPLIT).read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"The checkpoint {str(checkpoint)!r} is of an earlier version of pet_pipeline and cannot be "
+            "continued. A new run can start from the weights of a pipeline folder, such as that run's "
+            "`best`, with --pretrained_model_name_or_path."
+        ) from None
 
 
 def set_aside(checkpoint: Path) -> None:

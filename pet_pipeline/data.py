@@ -1,7 +1,10 @@
 """Labelled images through `datasets`: chosen classes, decoded once, held in memory as uint8."""
 
+import hashlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -198,6 +201,79 @@ def stratified_split(
         return dataset.subset(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))])
 
     return shuffled(train), shuffled(validation)
+
+
+def image_digests(images: torch.Tensor) -> list[str]:
+    """Returns a hash of the pixels of each image."""
+    return [hashlib.blake2b(image.numpy(), digest_size=16).hexdigest() for image in images.contiguous()]
+
+
+def describe_split(train_set: ImageDataset, held_out_set: ImageDataset) -> dict[str, Any]:
+    """Describes a split of a data set, so that a checkpoint can tell whether a later split is the same.
+
+    Returns:
+        `dict`: JSON of the class names, a hash of all images and labels, and a hash of each image held out.
+    """
+    content = hashlib.sha256()
+    for part in (train_set, held_out_set):
+        content.update(part.images.contiguous().numpy())
+        content.update(part.labels.contiguous().numpy())
+    return {
+        "class_names": train_set.class_names,
+        "content": content.hexdigest(),
+        "held_out": image_digests(held_out_set.images),
+    }
+
+
+def split_dataset(
+    dataset: ImageDataset, validation_fraction: float, earlier: dict[str, Any] | None = None
+) -> tuple[ImageDataset, ImageDataset]:
+    """Splits a data set for a training, which may continue an earlier one.
+
+    Args:
+        dataset ([`ImageDataset`]): what to split.
+        validation_fraction (`float`): the fraction of each class that [`stratified_split`] holds out.
+        earlier (`dict`, *optional*): what [`describe_split`] returned for the training to continue. If the
+            data set has changed since, this function warns and holds out the same images again.
+
+    Returns:
+        `tuple` of two [`ImageDataset`]: the training set and the images held out.
+
+    Raises:
+        ValueError: if the earlier training had other classes, or as [`stratified_split`] does.
+    """
+    split = stratified_split(dataset, validation_fraction)
+    if earlier is None or describe_split(*split) == earlier:
+        return split
+    if earlier["class_names"] != dataset.class_names:
+        raise ValueError(
+            f"The checkpoint was trained on the classes {', '.join(earlier['class_names'])}, but the classes "
+            f"are now {', '.join(dataset.class_names)}."
+        )
+    # Each image's place among those held out before; -1 for the others.
+    places = {digest: place for place, digest in enumerate(earlier["held_out"])}
+    place = torch.tensor([places.get(digest, -1) for digest in image_digests(dataset.images)])
+    rows = place.argsort(stable=True)
+    num_train = int((place < 0).sum())
+    num_found = len(place[place >= 0].unique())
+    if 0 < num_train < len(dataset):
+        split = dataset.subset(rows[:num_train]), dataset.subset(rows[num_train:])
+        if describe_split(*split) == earlier:
+            return split
+        outcome = f"{num_found:,} of the {len(places):,} images that were held out are held out again"
+        if num_found < len(places):
+            outcome += ", and so the validation losses before and now, and `best`, compare different images"
+    else:
+        outcome = (
+            "the images that were held out cannot be held out again, and so some that were trained on are "
+            "held out now, and `best` compares different images"
+        )
+    warnings.warn(
+        "The data set or the validation fraction has changed since the checkpoint: the training goes on, but "
+        f"not with the numbers of an uninterrupted one; {outcome}.",
+        stacklevel=2,
+    )
+    return split
 
 
 def to_model_range(images: torch.Tensor) -> torch.Tensor:

@@ -15,12 +15,10 @@ from torch import nn
 
 TERMS = ("mse", "l1", "cosine", "high_frequency", "edge")
 
-# Weights of the terms. In `balanced` all but the first fade out towards high noise. `original` follows a rule
-# of its own (see `original_weights`).
+# The weights of the terms. All terms but `mse` fade out towards high noise.
 PRESETS: dict[str, dict[str, float]] = {
     "balanced": {"mse": 0.5, "l1": 0.15, "cosine": 0.1, "high_frequency": 0.1, "edge": 0.15},
     "mse": {"mse": 1.0, "l1": 0.0, "cosine": 0.0, "high_frequency": 0.0, "edge": 0.0},
-    "original": {},
 }
 
 
@@ -61,9 +59,7 @@ class BalancedAdaptiveLoss(nn.Module):
     against each other (Karras et al. 2024, equation 21).
 
     Args:
-        preset (`str`, defaults to `"balanced"`): `"balanced"`; `"mse"`, the first term alone; or
-            `"original"`, the weights of the script this project grew from, on images instead of network
-            outputs.
+        preset (`str`, defaults to `"balanced"`): `"balanced"`, or `"mse"` for the first term alone.
         sigma_data (`float`, defaults to 0.5): standard deviation of the data.
         learned_weighting (`bool`, defaults to `True`): learn s(σ); otherwise it is 0.
         delta (`float`, defaults to 0.1): where the L1 term turns quadratic.
@@ -95,8 +91,6 @@ class BalancedAdaptiveLoss(nn.Module):
         model_output: torch.Tensor,
         target: torch.Tensor,
         sigmas: torch.Tensor,
-        denoised: torch.Tensor,
-        original_samples: torch.Tensor,
         weights: torch.Tensor | None = None,
     ) -> BalancedAdaptiveLossOutput:
         """Computes the objective of a batch.
@@ -105,24 +99,17 @@ class BalancedAdaptiveLoss(nn.Module):
             model_output (`torch.Tensor` of shape `(batch, channels, height, width)`): the network's output F.
             target (`torch.Tensor` of the same shape): F*, see [`AdaptiveEDMScheduler.training_target`].
             sigmas (`torch.Tensor` of shape `(batch,)`): noise levels σ.
-            denoised (`torch.Tensor` of the same shape as `model_output`): D, used by the preset `"original"`.
-            original_samples (`torch.Tensor` of the same shape): images y in [-1, 1], used by the preset
-                `"original"`.
             weights (`torch.Tensor` of shape `(batch,)`, *optional*): importance weights of the samples.
 
         Returns:
             [`BalancedAdaptiveLossOutput`]
         """
-        if self.preset == "original":
-            terms = original_terms(denoised.float(), original_samples.float())
-            term_weights = original_weights(sigmas)
-        else:
-            terms = output_terms(model_output.float(), target.float(), self.delta)
-            gate = self.sigma_data**2 / (sigmas**2 + self.sigma_data**2)
-            term_weights = {
-                name: weight * (torch.ones_like(gate) if name == "mse" else gate)
-                for name, weight in PRESETS[self.preset].items()
-            }
+        terms = output_terms(model_output.float(), target.float(), self.delta)
+        gate = self.sigma_data**2 / (sigmas**2 + self.sigma_data**2)
+        term_weights = {
+            name: weight * (torch.ones_like(gate) if name == "mse" else gate)
+            for name, weight in PRESETS[self.preset].items()
+        }
         total_weight = sum(term_weights.values())
         losses = sum(term_weights[name] * terms[name] for name in TERMS) / total_weight  # (N,)
 
@@ -150,6 +137,46 @@ class BalancedAdaptiveLoss(nn.Module):
             return self.logvar(features).squeeze(-1)
 
 
+class DenoiserWithLoss(nn.Module):
+    """The denoiser and the loss as one module, whose forward returns the losses of a batch.
+
+    Accelerate prepares this module. Fully sharded training takes one module only, and distributed training
+    takes no module without parameters, such as a loss without learned weighting.
+
+    Args:
+        transformer (`nn.Module`): the denoiser.
+        loss_function ([`BalancedAdaptiveLoss`]): the loss.
+    """
+
+    def __init__(self, transformer: nn.Module, loss_function: BalancedAdaptiveLoss) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.loss_function = loss_function
+
+    def forward(
+        self,
+        model_input: torch.Tensor,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor,
+        target: torch.Tensor,
+        sigmas: torch.Tensor,
+        weights: torch.Tensor | None = None,
+    ) -> BalancedAdaptiveLossOutput:
+        """Computes the objective of a batch.
+
+        Args:
+            model_input (`torch.Tensor` of shape `(batch, channels, height, width)`): c_in·x.
+            timesteps (`torch.Tensor` of shape `(batch,)`): c_noise.
+            class_labels (`torch.Tensor` of shape `(batch,)`): class indices.
+            target, sigmas, weights: see [`BalancedAdaptiveLoss.forward`].
+
+        Returns:
+            [`BalancedAdaptiveLossOutput`]
+        """
+        model_output = self.transformer(model_input, timesteps, class_labels, return_dict=False)[0]
+        return self.loss_function(model_output.float(), target, sigmas, weights=weights)
+
+
 def output_terms(model_output: torch.Tensor, target: torch.Tensor, delta: float) -> dict[str, torch.Tensor]:
     """The five terms in the space of the network's output, each of shape `(batch,)`."""
     error = model_output - target
@@ -163,23 +190,6 @@ def output_terms(model_output: torch.Tensor, target: torch.Tensor, delta: float)
     }
 
 
-def original_terms(denoised: torch.Tensor, original_samples: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The five terms of the original script, on images in [-1, 1], each of shape `(batch,)`."""
-    laplacian, sobel_x, sobel_y = image_derivatives(denoised)
-    laplacian_target, sobel_x_target, sobel_y_target = image_derivatives(original_samples)
-    error = denoised - original_samples
-    # The small constants keep the square root's gradient finite on flat images.
-    magnitude = (sobel_x.square() + sobel_y.square() + 1e-6).sqrt()
-    magnitude_target = (sobel_x_target.square() + sobel_y_target.square() + 1e-6).sqrt()
-    return {
-        "mse": error.square().mean((1, 2, 3)),
-        "l1": error.abs().mean((1, 2, 3)),
-        "cosine": 1 - cosine_similarity(denoised, original_samples),
-        "high_frequency": (laplacian - laplacian_target).abs().mean((1, 2, 3)),
-        "edge": (magnitude - magnitude_target).abs().mean((1, 2, 3)),
-    }
-
-
 def cosine_similarity(a: torch.Tensor, b: torch.Tensor, floor: float = 0.1) -> torch.Tensor:
     """Cosine of the angle between images, `(batch,)`; a root mean square under `floor` counts as `floor`.
 
@@ -187,19 +197,6 @@ def cosine_similarity(a: torch.Tensor, b: torch.Tensor, floor: float = 0.1) -> t
     """
     norm_a, norm_b = (x.square().mean((1, 2, 3)).clamp(min=floor**2).sqrt() for x in (a, b))
     return (a * b).mean((1, 2, 3)) / (norm_a * norm_b)
-
-
-def original_weights(sigmas: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The original script's weights for each sample's noise level (its levels end at 1), `(batch,)` each."""
-    progress = 1 - sigmas.clamp(max=1)
-    late = torch.sigmoid(10 * (progress - 0.5))
-    return {
-        "mse": 0.3 - 0.1 * late,
-        "l1": 0.25 + 0.05 * late,
-        "cosine": 0.2 - 0.05 * late,
-        "high_frequency": 0.12 + 0.08 * late,
-        "edge": 0.13 + 0.07 * late,
-    }
 
 
 def image_derivatives(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -109,6 +109,11 @@ def test_split_is_stratified_disjoint_and_seeded():
     assert torch.bincount(validation.labels).tolist() == [5, 3]
     ids = [set(part.images[:, 0, 0, 0].tolist()) for part in (train, validation)]
     assert ids[0] | ids[1] == set(range(80)) and not ids[0] & ids[1]
+    # Each image is held out by some seed, so that the first images of a class are not preferred.
+    by_seed = [stratified_split(dataset, 0.1, seed=seed)[1].images[:, 0, 0, 0].tolist() for seed in range(80)]
+    assert {number for numbers in by_seed for number in numbers} == set(range(80))
+    few = dataset.subset(torch.tensor([0, 1, 2, 60, 61, 62]))
+    assert torch.bincount(stratified_split(few, 0.1)[1].labels).tolist() == [1, 1]  # one image at least
     half = stratified_split(dataset, 0.5)[1].labels  # shuffled, so that the first of it are of both classes
     assert 4 <= half[:16].sum() <= 12
     again = stratified_split(dataset, 0.1, seed=1)[1]

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -8,22 +6,14 @@ from pet_pipeline.losses import (
     PRESETS,
     TERMS,
     image_derivatives,
-    original_terms,
-    original_weights,
     output_terms,
 )
 
 
 def random_batch(size=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    output, target, images, denoised = torch.randn(4, size, 3, 16, 16, generator=generator).unbind(0)
-    return {
-        "model_output": output,
-        "target": target,
-        "sigmas": torch.logspace(-2, 1.5, size),
-        "denoised": denoised,
-        "original_samples": images,
-    }
+    output, target = torch.randn(2, size, 3, 16, 16, generator=generator).unbind(0)
+    return {"model_output": output, "target": target, "sigmas": torch.logspace(-2, 1.5, size)}
 
 
 def test_every_quadratic_term_is_one_on_white_noise():
@@ -41,22 +31,18 @@ def test_every_quadratic_term_is_one_on_white_noise():
 
 
 def test_terms_of_known_errors():
-    batch = random_batch()
-    target, images = batch["target"], batch["original_samples"]
+    target = random_batch()["target"]
     terms = output_terms(-target, target, 0.1)
     torch.testing.assert_close(terms["cosine"], torch.full((6,), 2.0))
     torch.testing.assert_close(terms["mse"], 4 * target.square().mean((1, 2, 3)))
     torch.testing.assert_close(terms["l1"], ((4 * target.square() + 0.01).sqrt() - 0.1).mean((1, 2, 3)))
-    terms = original_terms(images + 0.3, images)
-    torch.testing.assert_close(terms["l1"], torch.full((6,), 0.3))
-    torch.testing.assert_close(terms["mse"], torch.full((6,), 0.09))
-    # On grey a checkerboard of ±0.3 has Laplacians of ±8·0.3, and a ramp of 0.1 a Sobel derivative of 0.8,
-    # but at its two reflected borders.
+    # An error of a checkerboard of ±0.3 has Laplacians of ±8·0.3. One of a ramp of 0.1 a column has a Sobel
+    # derivative of 0.8, except at its two reflected borders.
     columns = torch.arange(16)
     grey, ramp = torch.zeros(1, 3, 16, 16), (0.1 * columns).expand(1, 3, 16, 16)
     board = (0.3 - 0.6 * ((columns + columns[:, None]) % 2)).expand(1, 3, 16, 16)
-    assert original_terms(board, grey)["high_frequency"].item() == pytest.approx(2.4, rel=1e-5)
-    assert original_terms(ramp, grey)["edge"].item() == pytest.approx(0.8 * 14 / 16, abs=2e-3)
+    assert output_terms(board, grey, 0.1)["high_frequency"].item() == pytest.approx(2.4**2 / 20, rel=1e-5)
+    assert output_terms(ramp, grey, 0.1)["edge"].item() == pytest.approx(0.8**2 * 14 / 16 / 24, rel=1e-5)
 
 
 def test_derivatives_of_known_images():
@@ -72,11 +58,11 @@ def test_derivatives_of_known_images():
 def test_perfect_prediction_has_no_error_and_gradients_are_finite_at_zero(preset):
     loss_function = BalancedAdaptiveLoss(preset, learned_weighting=False)
     batch = random_batch()
-    perfect = {**batch, "model_output": batch["target"], "denoised": batch["original_samples"]}
+    perfect = {**batch, "model_output": batch["target"]}
     assert loss_function(**perfect).loss.item() == pytest.approx(0, abs=1e-5)
     # The untrained network's output is zero everywhere.
     zero = torch.zeros_like(batch["target"], requires_grad=True)
-    loss_function(**{**batch, "model_output": zero, "denoised": 0.5 * zero}).loss.backward()
+    loss_function(**{**batch, "model_output": zero}).loss.backward()
     assert zero.grad.isfinite().all() and zero.grad.abs().max() > 0
     assert zero.grad.abs().max() < 1
 
@@ -103,6 +89,16 @@ def test_mse_is_plain_edm_and_balanced_tends_to_it_at_high_noise():
     batch["sigmas"] = torch.full((6,), 0.01)
     low = BalancedAdaptiveLoss("balanced", learned_weighting=False)(**batch)
     assert ((low.sample_losses - expected).abs() > 0.01).all()
+
+
+def test_the_gate_fades_all_terms_but_the_first():
+    batch = random_batch()
+    terms = output_terms(batch["model_output"], batch["target"], 0.1)
+    gate = 0.25 / (batch["sigmas"] ** 2 + 0.25)
+    gated = 0.15 * terms["l1"] + 0.1 * terms["cosine"] + 0.1 * terms["high_frequency"] + 0.15 * terms["edge"]
+    expected = (0.5 * terms["mse"] + gate * gated) / (0.5 + gate * 0.5)
+    loss_function = BalancedAdaptiveLoss("balanced", learned_weighting=False)
+    torch.testing.assert_close(loss_function(**batch).sample_losses, expected)
 
 
 def test_importance_weights_and_learned_weighting_enter_the_objective():
@@ -133,28 +129,8 @@ def test_learned_weighting_settles_at_the_log_of_the_loss():
     torch.testing.assert_close(loss_function(**batch).sample_losses, torch.ones(6), rtol=0.02, atol=0.02)
 
 
-def test_original_weights_as_the_original_script_has_them():
-    weights = original_weights(torch.tensor([5.0, 1.0, 0.0]))
-    total = sum(weights.values())
-    assert weights["mse"][0].item() == pytest.approx(0.3, abs=1e-2)
-    assert weights["mse"][2].item() == pytest.approx(0.2, abs=1e-2)
-    assert weights["high_frequency"][2].item() == pytest.approx(0.2, abs=1e-2)
-    torch.testing.assert_close(total, torch.tensor([1.0, 1.0, 1.05]), rtol=0, atol=1e-2)
-    # Between the ends: p = 1 - σ = 0.6.
-    late = 1 / (1 + math.exp(-10 * (0.6 - 0.5)))
-    expected = {
-        "mse": 0.3 - 0.1 * late,
-        "l1": 0.25 + 0.05 * late,
-        "cosine": 0.2 - 0.05 * late,
-        "high_frequency": 0.12 + 0.08 * late,
-        "edge": 0.13 + 0.07 * late,
-    }
-    between = {name: weight.item() for name, weight in original_weights(torch.tensor([0.4])).items()}
-    assert between == pytest.approx(expected, rel=1e-5)
-
-
 def test_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match="balanced, mse, original"):
+    with pytest.raises(ValueError, match="balanced, mse"):
         BalancedAdaptiveLoss("perceptual")
 
 
@@ -167,7 +143,7 @@ def minimizer(preset, targets, sigma):
     def closure():
         optimizer.zero_grad()
         repeated = output.expand_as(targets)
-        loss = loss_function(repeated, targets, torch.full((len(targets),), sigma), repeated, targets).loss
+        loss = loss_function(repeated, targets, torch.full((len(targets),), sigma)).loss
         loss.backward()
         return loss
 

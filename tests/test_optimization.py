@@ -4,8 +4,12 @@ import math
 import pytest
 import torch
 from conftest import random_model
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from pet_pipeline import BalancedAdaptiveLoss
+from pet_pipeline.losses import DenoiserWithLoss
 from pet_pipeline.optimization import (
     BatchedMuon,
     MuonAdamW,
@@ -26,7 +30,9 @@ def test_every_parameter_has_one_optimizer():
         assert {id(p) for p in stepped} == {id(p) for module in (model, loss) for p in module.parameters()}
         assert {group["weight_decay"] for group in optimizer.param_groups} == {0.125}
     both = optimizers["muon"]
-    assert all(p.ndim == 2 for p in both.muon.param_groups[0]["params"])
+    matrices = [p for p in model.transformer_blocks.parameters() if p.ndim == 2]
+    assert len(matrices) > 4
+    assert {id(p) for p in both.muon.param_groups[0]["params"]} == {id(p) for p in matrices}
     assert [group["lr"] for group in both.muon.param_groups] == [0.5]
     for adamw in (both.adamw, optimizers["adamw"]):
         (group,) = adamw.param_groups
@@ -129,3 +135,31 @@ def test_learning_rate_factor():
     warmup = [learning_rate_factor("constant", 0.0, step, 4) for step in range(6)]
     assert warmup == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
     assert math.isfinite(learning_rate_factor("cosine", 2.0, 0, 0))
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_fully_sharded_parameters_step_as_plain_ones_do(name):
+    # One process only: that the training module and its optimizer run sharded, not that several agree.
+    batch = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    weights = []
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for is_sharded in (False, True):
+            module = DenoiserWithLoss(random_model(), BalancedAdaptiveLoss())
+            if is_sharded:
+                mesh = init_device_mesh("cpu", (1,))
+                for block in module.transformer.transformer_blocks:
+                    fully_shard(block, mesh=mesh)
+                fully_shard(module, mesh=mesh)
+            optimizer = create_optimizer(module.transformer, module.loss_function, name)
+            for _ in range(2):
+                inputs = batch[0], torch.zeros(4), torch.tensor([0, 1, 2, 0]), batch[1], torch.ones(4)
+                module(*inputs).loss.backward()
+                torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            weights.append([getattr(p, "full_tensor", p.detach)() for p in module.parameters()])
+    finally:
+        distributed.destroy_process_group()
+    for plain, sharded in zip(*weights, strict=True):
+        torch.testing.assert_close(sharded, plain, rtol=1e-4, atol=1e-5)

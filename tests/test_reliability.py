@@ -182,9 +182,9 @@ def test_damage_is_found_in_every_file(run_of_two):
         "custom_checkpoint_2.pkl",
         "manifest.json",
         "model.safetensors",
-        "model_1.safetensors",
         "optimizer.bin",
         "random_states_0.pkl",
+        "split.json",
     ]
     found = 0
     for name in names:
@@ -221,9 +221,9 @@ def test_a_run_with_a_damaged_checkpoint_resumes_from_the_one_before(image_folde
 
 FILES_OF_A_CHECKPOINT = [
     "model.safetensors",
-    "model_1.safetensors",
     "optimizer.bin",
     "random_states_0.pkl",
+    "split.json",
     "custom_checkpoint_0.pkl",
     "custom_checkpoint_1.pkl",
     "custom_checkpoint_2.pkl",
@@ -388,6 +388,46 @@ def test_a_training_that_diverged_ends_with_advice(image_folder, tmp_path, monke
     monkeypatch.undo()
     train(image_folder, tmp_path / "out", resume_from_checkpoint="latest", **RUN)
     assert len(log_of_losses(tmp_path / "out")) == 12
+
+
+@pytest.mark.parametrize(("skipped_from", "left"), [(0, {1}), (2, {1, 3, 5}), (3, {1})])
+def test_a_signal_during_skipped_steps_saves_them_too(
+    skipped_from, left, image_folder, tmp_path, monkeypatch, capsys
+):
+    # Three steps in a row are skipped, from the first on, after a checkpoint, and after a step without one.
+    # The signal comes in the second of them.
+    spoiled = {2 * step + 1 for step in range(skipped_from, skipped_from + 3)}
+    monkeypatch.setattr(BalancedAdaptiveLoss, "forward", spoiled_forward(spoiled))
+    train(image_folder, tmp_path / "whole", **RUN)
+    monkeypatch.undo()
+    capsys.readouterr()
+    forward, calls = spoiled_forward(spoiled), []
+
+    def interrupted_forward(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 2 * skipped_from + 3:
+            signal.raise_signal(signal.SIGTERM)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(BalancedAdaptiveLoss, "forward", interrupted_forward)
+    output_dir = tmp_path / "parts"
+    with pytest.raises(SystemExit) as exit_info:
+        train(image_folder, output_dir, **RUN)
+    captured = capsys.readouterr()
+    assert exit_info.value.code == 143 and captured.out.count("is skipped") == 2
+    assert f"step {skipped_from} is saved in {output_dir}" in captured.err
+    monkeypatch.undo()
+    # Resumed, the run meets the micro-steps that are left of the spoiled ones: all, where it begins before.
+    monkeypatch.setattr(BalancedAdaptiveLoss, "forward", spoiled_forward(left))
+    train(image_folder, output_dir, resume_from_checkpoint="latest", **RUN)
+    assert_same_run(output_dir, tmp_path / "whole")
+
+
+def test_two_processes_train_a_loss_without_parameters(image_folder, tmp_path):
+    options = {"max_train_steps": 1, "no-learned_weighting": True}
+    for training in start_two(image_folder, tmp_path / "out", **options):
+        ended = training.end()
+        assert ended.exit_code == 0, ended.output
 
 
 def test_two_processes_train_the_same_model_as_one_with_twice_the_batch(image_folder, tmp_path):

@@ -35,7 +35,6 @@ RUNS: dict[str, list[str]] = {
     "dit-batch-32": [BASELINE, "dit", "--train_batch_size", "32"],
     "unet": [BASELINE, "unet", "--optimizer", "adamw", "--learning_rate", "2e-3"],
     "mse": [*OURS, "--loss", "mse"],
-    "original-loss": [*OURS, "--loss", "original"],
     "fixed-noise": [*OURS, "--noise_schedule", "fixed"],
     "no-learned-weighting": [*OURS, "--no-learned_weighting"],
     "plain-edm": [*OURS, "--loss", "mse", "--noise_schedule", "fixed", "--no-learned_weighting"],
