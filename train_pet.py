@@ -77,7 +77,7 @@ from pet_pipeline.hub import (
 from pet_pipeline.losses import PRESETS as LOSS_PRESETS
 from pet_pipeline.losses import DenoiserWithLoss
 from pet_pipeline.optimization import create_optimizer, learning_rate_factor
-from pet_pipeline.pipeline_pet_diffusion import check_labels
+from pet_pipeline.pipeline_pet_loading import check_labels
 from pet_pipeline.transformer_pet import PRESETS as MODEL_PRESETS
 from pet_pipeline.transformer_pet import frequency_variances
 from pet_pipeline.visualization import denoising_strip, loss_curves, sample_grid, step_comparison

@@ -38,6 +38,7 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .pipeline_pet_classification import (
+    MAX_IMAGE_PIXELS,
     ClassificationEvidence,
     PetClassificationOutput,
     PetClassificationPipeline,
@@ -52,7 +53,6 @@ from .sampling import SCHEDULERS, image_generators, save_image, scheduler_by_nam
 from .visualization import (
     DenoisingRecorder,
     array_image,
-    class_names,
     error_figure,
     evidence_map,
     guidance_figure,
@@ -77,7 +77,6 @@ MAX_UPLOADS = 8
 MAX_VISITOR_UPLOADS = 2
 UPLOAD_SECONDS = 60.0
 MAX_UPLOAD_BYTES = 5 * 2**20
-MAX_UPLOAD_PIXELS = 2**24
 UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 # Of the classifier at once: as long as nobody can cancel it.
@@ -255,10 +254,7 @@ def guidance_weights(scheduler: Any, settings: Settings) -> tuple[list[float], l
     num_steps = len(scheduler.timesteps)
     sigmas = scheduler.sigmas[:num_steps].tolist()
     weights = [
-        guidance_weight(
-            sigma, settings.guidance_scale, settings.guidance_schedule, progress=index / num_steps
-        )
-        for index, sigma in enumerate(sigmas)
+        guidance_weight(sigma, settings.guidance_scale, settings.guidance_schedule) for sigma in sigmas
     ]
     return sigmas, weights
 
@@ -312,7 +308,7 @@ def sample(
     scheduler = scheduler_by_name(settings.scheduler, pipeline.scheduler)
     sigmas, weights = guidance_weights(scheduler, settings)
     # With names also for the classes that have none.
-    id2label = dict(enumerate(class_names(pipeline)))
+    id2label = dict(enumerate(pipeline.class_names))
     pipe = PetDiffusionPipeline(pipeline.transformer, scheduler, id2label=id2label)
     pipe.set_progress_bar_config(disable=True)
     config = pipe.transformer.config
@@ -362,7 +358,7 @@ def read_upload(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path, formats=UPLOAD_FORMATS) as image:
-            is_small = image.width * image.height <= MAX_UPLOAD_PIXELS
+            is_small = image.width * image.height <= MAX_IMAGE_PIXELS
             if is_small:
                 image.load()
     except (Image.UnidentifiedImageError, Image.DecompressionBombError):
@@ -375,7 +371,7 @@ def read_upload(path: Path) -> Image.Image:
     if not is_small:
         raise ValueError(
             f"{path.name!r} has {image.width}×{image.height} pixels; this page takes images of up to "
-            f"{MAX_UPLOAD_PIXELS // 10**6} million pixels."
+            f"{MAX_IMAGE_PIXELS // 10**6} million pixels."
         )
     return image
 
@@ -424,7 +420,7 @@ def example_images(
     pipeline: PetDiffusionPipeline, reference: "Reference | None" = None
 ) -> list[tuple[Image.Image, str]]:
     """Returns images to try the classifier on, with captions: unseen ones, or else ones of the model."""
-    names = class_names(pipeline)
+    names = pipeline.class_names
     if reference is None:
         number = max(1, NUM_EXAMPLES // len(names))
         # In few steps, as the page waits for them.
@@ -642,16 +638,10 @@ def build_app(
             "replace; save it without."
         )
     check_number("The saved `pag_scale`", pipeline.config.pag_scale, 0, MAX_GUIDANCE)
-    names = class_names(pipeline)
+    names = pipeline.class_names
     suited = Settings(pag_scale=pipeline.config.pag_scale)
     model = model_settings(pipeline)
-    # Not `from_pipe`, whose cast to the precision that it has already is warned of.
-    classifier = PetClassificationPipeline(
-        pipeline.transformer,
-        pipeline.scheduler,
-        id2label=pipeline.id2label,
-        calibration=pipeline.config.calibration,
-    )
+    classifier = PetClassificationPipeline.from_pipe(pipeline)
     classifier.set_progress_bar_config(disable=True)
     examples = example_images(pipeline, reference)
 

@@ -41,7 +41,11 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 EVALUATION_FILES = ("evaluation.json", "generated.png", "neighbors.png")  # of `pet-pipeline evaluate`
 # Published where they are there, beside the index and the pipeline's code.
-PIPELINE_FILES = ("pipeline_pet_diffusion.py", "pipeline_pet_classification.py")
+PIPELINE_FILES = (
+    "pipeline_pet_diffusion.py",
+    "pipeline_pet_classification.py",
+    "pipeline_pet_loading.py",
+)
 # Of an evaluation the numbers alone: its pictures may show images of a data set that nobody else has.
 OPTIONAL_FILES = ("README.md", "samples.png", "evaluation.json")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -579,11 +583,10 @@ def render_model_card(
     Returns:
         `str`: the text of its `README.md`.
     """
-    from .visualization import class_names
 
     folder = Path(folder)
     config = pipeline.transformer.config
-    names = class_names(pipeline)
+    names = pipeline.class_names
     listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
     subject = listed if len(names) <= 4 else f"{len(names)} classes"
     title = f"Images of {subject}, {config.sample_size}×{config.sample_size}"

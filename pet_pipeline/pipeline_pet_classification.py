@@ -1,21 +1,15 @@
-r"""PetClassificationPipeline: tells which class an image is of, by the denoiser that draws the classes.
+r"""PetClassificationPipeline: finds the class of an image with the denoiser that draws the classes.
 
-A diffusion classifier (Li et al. 2023, "Your Diffusion Model is Secretly a Zero-Shot Classifier"): the class
-that helps the denoiser most to remove noise from an image explains it best. All classes are tried on the same
-noise, which is drawn in pairs ±ε at stratified noise levels, and an image needs no more evaluations once its
-classes are apart.
+A diffusion classifier (Li et al. 2023, "Your Diffusion Model is Secretly a Zero-Shot Classifier") takes the
+class that helps the denoiser most to remove noise from an image. All classes are tried on the same noise,
+which is drawn in pairs ±ε at stratified noise levels, and an image is decided once its classes are apart.
 
-This file travels inside every saved checkpoint: it imports PyTorch, diffusers and the standard library only.
+This file travels inside every saved checkpoint: it imports PyTorch, diffusers, the standard library and
+`pipeline_pet_loading`, which travels too.
 """
 
-import importlib
-import json
 import math
-import reprlib
-import shutil
-import sys
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,37 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.guiders.guider_utils import BaseGuidance
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import BaseOutput
 from PIL import Image, ImageOps
 
+from .pipeline_pet_loading import NUM_BANDS, PetPipelineMixin, check_integer
 
-logger = logging.get_logger(__name__)
 
-# Modules of this package that define components.
-COMPONENT_MODULES = ("transformer_pet", "scheduling_adaptive_edm")
-PIPELINE_MODULES = ("pipeline_pet_diffusion", "pipeline_pet_classification")
-
-MAX_LABEL_LENGTH = 256
-
-# Formats that Pillow reads by itself; for some others it starts programs.
+# Pillow reads these formats by itself; for some others it starts programs.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_IMAGE_PIXELS = 2**24  # of an image file, which is decoded at its full size
 
 WEIGHTINGS = ("calibrated", "elbo")
 
-# Bands of noise levels, even in ln σ, of the calibrated weighting: below them classes make no difference to a
-# denoiser, above them nothing is left of the image.
+# The bands of noise levels of the calibrated weighting are even in ln σ. Below this range, classes make no
+# difference to a denoiser; above it, nothing is left of the image.
 BAND_RANGE = (0.1, 20.0)
-NUM_BANDS = 8
 
 # Evaluations per class after which an image may be decided.
 LOOKS = (8, 16, 32, 64, 128, 256)
 
-# Where two classes make no difference at all, stopping early contradicts the decision after all evaluations
-# for this share of the images; where they do, for fewer.
+# If no class makes a difference, stopping early contradicts the decision after all evaluations for at most
+# this share of the images. If a class makes a difference, it does for fewer images.
 ERROR_RATE = 0.05
 
 
@@ -62,10 +47,10 @@ class ClassificationEvidence:
     """Why an image was classified as it was.
 
     Args:
-        sigmas (`torch.Tensor` of shape `(draws,)`): the noise levels that were tried, ascending.
+        sigmas (`torch.Tensor` of shape `(draws,)`): the noise levels of the evaluations, ascending.
         errors (`torch.Tensor` of shape `(classes, draws)`): mean squared error of the network's output.
-        difference (`torch.Tensor` of shape `(height, width)`): weighted error of the second-best class less
-            that of the best, by pixel: positive where the image speaks for the best.
+        difference (`torch.Tensor` of shape `(height, width)`): for each pixel, the weighted error of the
+            second-best class minus that of the best class; positive where the image supports the best class.
         labels (`tuple[str, str]`): the best and the second-best class.
     """
 
@@ -77,13 +62,13 @@ class ClassificationEvidence:
 
 @dataclass
 class PetClassificationOutput(BaseOutput):
-    """What [`PetClassificationPipeline`] returns, an entry for each image.
+    """Output of [`PetClassificationPipeline`], with one entry for each image.
 
     Args:
         labels (`list[str]`): the most probable class.
-        probabilities (`list[dict[str, float]]`): of every class.
+        probabilities (`list[dict[str, float]]`): the probability of every class.
         num_evaluations (`list[int]`): evaluations of the denoiser, over all classes.
-        evidence (`list[ClassificationEvidence]`, *optional*): if it was asked for.
+        evidence (`list[ClassificationEvidence]`, *optional*): present if the call asked for evidence.
     """
 
     labels: list[str]
@@ -93,19 +78,19 @@ class PetClassificationOutput(BaseOutput):
 
 
 def eight_bit_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
-    """Returns an image upright, in mode `"RGB"` or `"L"`, on white where it is transparent.
+    """Returns an image upright, in mode `"RGB"` or `"L"`, and on white where it is transparent.
 
-    Grey levels of 16 bits are scaled, where Pillow's own conversion would cut them off at 255.
+    16-bit grey levels are scaled; Pillow's own conversion would cut them off at 255.
 
     Raises:
         ValueError: if the pixels are floating-point numbers, whose range is unknown.
     """
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # of damaged EXIF Pillow raises nearly anything; the pixels are as they are
+    except Exception:  # Pillow raises many kinds of exceptions for damaged EXIF; the pixels are usable anyway
         image = image.copy()
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of an unknown range.")
+        raise ValueError("the pixels are floating-point numbers of an unknown range.")
     if image.mode[0] == "I":
         image = image.point(lambda value: value * (1 / 257)).convert("L")
     if image.has_transparency_data:
@@ -113,158 +98,35 @@ def eight_bit_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
     return image.convert(mode)
 
 
-class PetClassificationPipeline(DiffusionPipeline):
+def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
+    """Reads an image file as [`eight_bit_image`] describes.
+
+    Raises:
+        ValueError: if the file cannot be read, or has more than `MAX_IMAGE_PIXELS` pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound here is stricter
+            with Image.open(path, formats=IMAGE_FORMATS) as file:
+                if file.width * file.height > MAX_IMAGE_PIXELS:
+                    raise ValueError(
+                        f"the image has {file.width}×{file.height} pixels, more than {MAX_IMAGE_PIXELS:,}."
+                    )
+                file.load()
+                return eight_bit_image(file, mode)
+    except MemoryError:
+        raise ValueError(f"{str(path)!r} is too large an image for the available memory.") from None
+    except Exception as error:  # Pillow raises many kinds of exceptions for damaged files
+        raise ValueError(f"{str(path)!r} cannot be read as an image: {error}") from None
+
+
+class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
     r"""Classifies images with a class-conditional EDM denoiser.
 
-    It has the components of [`PetDiffusionPipeline`] and loads the same folders; `from_pipe` shares them.
-
-    Args:
-        transformer ([`PetTransformer2DModel`]): the denoiser.
-        scheduler ([`AdaptiveEDMScheduler`]): its preconditioning; `EDMEulerScheduler` and
-            `EDMDPMSolverMultistepScheduler` will do.
-        guider (`BaseGuidance`, *optional*): kept for [`PetDiffusionPipeline`]; not used here.
-        id2label (`dict`, *optional*): class names by id, for example `{0: "cat", 1: "dog"}`.
-        calibration (`dict`, *optional*): the weight of each band of noise levels, `{"weights": [...]}`, as
-            `pet-pipeline calibrate` finds them.
-        pag_scale (`float`, defaults to 0.0): kept for [`PetDiffusionPipeline`]; not used here.
+    The pipeline loads the same folders as [`PetDiffusionPipeline`], and `from_pipe` shares its components.
+    [`PetPipelineMixin`] documents the arguments. `guider` and `pag_scale` are kept for the other pipeline and
+    not used here.
     """
-
-    model_cpu_offload_seq = "transformer"
-    _optional_components = ["guider"]
-
-    def __init__(
-        self,
-        transformer: ModelMixin,
-        scheduler: SchedulerMixin,
-        guider: BaseGuidance | None = None,
-        id2label: dict | None = None,
-        calibration: dict | None = None,
-        pag_scale: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler, guider=guider)
-        num_classes = transformer.config.num_classes
-        self.id2label = check_labels(id2label, num_classes)
-        if calibration is not None:
-            check_calibration(calibration)
-        self.register_to_config(
-            id2label={str(key): name for key, name in self.id2label.items()},
-            calibration=calibration,
-            pag_scale=pag_scale,
-        )
-
-    # What follows up to `from_pipe` is copied from PetDiffusionPipeline, as either file has to stand alone; a
-    # test keeps the copies equal.
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path | None = None, **kwargs: Any
-    ) -> "PetClassificationPipeline":
-        """Loads a saved pipeline; without an argument, the cats and dogs that come with the package.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `Path`, *optional*): a folder or a Hub id.
-            kwargs: see [`DiffusionPipeline.from_pretrained`]; `use_safetensors` defaults to `True`, so that
-                no pickle is read.
-        """
-        if pretrained_model_name_or_path is None:
-            pretrained_model_name_or_path = Path(__file__).parent / "pretrained"
-        kwargs.setdefault("use_safetensors", True)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Saves `model_index.json`, and beside it the source files of the classes that are not of diffusers.
-
-        `save_pretrained` and `push_to_hub` call this before anything is uploaded. The folder can then be
-        loaded without this package, by `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
-
-        Args:
-            save_directory (`str` or `Path`): the folder of the pipeline.
-            push_to_hub (`bool`, defaults to `False`): not supported here; use `push_to_hub` of the pipeline.
-
-        Raises:
-            ValueError: if `push_to_hub` is asked for.
-        """
-        if push_to_hub:
-            raise ValueError("An index alone cannot be pushed; use `pipeline.push_to_hub(repo_id)`.")
-        super().save_config(save_directory, **kwargs)
-        folder = Path(save_directory)
-        index_path = folder / self.config_name
-        index = json.loads(index_path.read_text())
-        stem = copy_source(type(self).__module__, folder)
-        index["_class_name"] = [stem, type(self).__name__]
-        # The other pipeline over the same components lies beside this one, or in the folder this one came
-        # from.
-        for name in PIPELINE_MODULES:
-            sources = [
-                origin / f"{name}.py"
-                for origin in (Path(__file__).parent, Path(str(self.config.get("_name_or_path"))))
-            ]
-            source = next((source for source in sources if source.is_file()), None)
-            target = folder / f"{name}.py"
-            if source is not None and not (target.exists() and target.samefile(source)):
-                shutil.copyfile(source, target)
-        for name in self.components:
-            library, class_name = index.get(name, (None, None))
-            if library is not None and library.partition(".")[0] != "diffusers":
-                index[name] = [copy_source(library, folder / name), class_name]
-        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    # With this package installed, its own classes are used and no code of a checkpoint is run: the names of
-    # source files in `model_index.json` are read as the modules of this package.
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
-        config = super()._dict_from_json_file(json_file)
-        if not isinstance(config, dict):
-            raise ValueError(f"{str(json_file)!r} has to hold a JSON object.")
-        if isinstance(config.get("_class_name"), list):
-            config["_class_name"] = str(*config["_class_name"][-1:])
-        return config
-
-    @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Loads `model_index.json`; see [`ConfigMixin.load_config`].
-
-        Raises:
-            ValueError: if it does not name a library and a class for each component.
-        """
-        loaded = super().load_config(*args, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name in ("transformer", "scheduler", "guider"):
-            pair = config.get(name, [None, None])
-            if not isinstance(pair, list) or [type(part) for part in pair] not in (
-                [str] * 2,
-                [type(None)] * 2,
-            ):
-                raise ValueError(
-                    f"`{name}` in {cls.config_name} has to be a library and a class, but is "
-                    f"{reprlib.repr(pair)}."
-                )
-        package = __name__.rpartition(".")[0]
-        if not package.startswith("diffusers_modules"):  # where diffusers puts the code of checkpoints
-            for value in config.values():
-                stem = str(value[0]).rpartition(".")[2] if isinstance(value, list) and value else None
-                if stem in COMPONENT_MODULES:
-                    value[0] = importlib.import_module(f"{package}.{stem}").__name__
-        return loaded
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "PetClassificationPipeline":
-        """Makes a pipeline that shares the components of another, in the precision they are in.
-
-        Args:
-            pipeline (`DiffusionPipeline`): a pipeline with a `transformer` and a `scheduler`, whose precision
-                a `transformer` among the replacements is brought to.
-            kwargs: components and arguments to replace, see [`DiffusionPipeline.from_pipe`].
-        """
-        # `DiffusionPipeline.from_pipe` would take over models of exactly the annotated class only, and cast
-        # to float32.
-        if "transformer" not in kwargs:
-            kwargs["transformer"] = pipeline.transformer
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", pipeline.dtype)
-        return super().from_pipe(pipeline, **kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -281,112 +143,60 @@ class PetClassificationPipeline(DiffusionPipeline):
         r"""Classifies images.
 
         Args:
-            images (PIL images, paths, tensors, or a list of them): of any size and mode; they are brought to
-                RGB and to the size of the model. A tensor is `(3, height, width)` or a batch of them, uint8
-                or floating point in [0, 1].
-            num_evaluations (`int`, defaults to 32): evaluations of the denoiser for each class, at most; an
+            images (PIL images, paths, tensors, or a list of them): images of any size and mode, which are
+                converted to RGB and to the size of the model. A file may have up to 2²⁴ pixels. A tensor has
+                the shape `(3, height, width)` or `(batch, 3, height, width)`, and is uint8, or floating point
+                in [0, 1].
+            num_evaluations (`int`, defaults to 32): the most evaluations of the denoiser for each class, an
                 even number.
-            adaptive (`bool`, defaults to `True`): stop an image, or give up a class, once they are apart.
-            weighting (`str`, defaults to `"calibrated"`): `"calibrated"`, weights of noise levels that make
-                the probabilities those of held-out images, at the number of evaluations that they were fitted
-                with (fewer make them too sure); or `"elbo"`, the weights that make the errors a
-                bound on the likelihood (Kingma and Gao 2023), over all noise levels.
+            adaptive (`bool`, defaults to `True`): decide an image, or give up a class, once the classes are
+                apart.
+            weighting (`str`, defaults to `"calibrated"`): how much each noise level counts. The weights of
+                `"calibrated"` were fitted to held-out images, so that the probabilities are right for the
+                number of evaluations of that fit (with fewer evaluations the probabilities are too extreme).
+                The weights of `"elbo"` make the errors a bound on the likelihood (Kingma and Gao 2023), over
+                all noise levels.
             batch_size (`int`, defaults to 64): evaluations at once; the answer does not depend on it.
-            generator (`torch.Generator`, *optional*): of the noise, which all images share.
-            return_evidence (`bool`, defaults to `False`): return the errors by noise level and pixel too;
-                then nothing is stopped early.
+            generator (`torch.Generator`, *optional*): random generator of the noise, which all images share.
+            return_evidence (`bool`, defaults to `False`): also return the errors by noise level and by pixel.
+                No image is then decided early.
             return_dict (`bool`, defaults to `True`): return a [`PetClassificationOutput`] instead of a tuple.
 
         Returns:
-            [`PetClassificationOutput`] or `tuple`: an entry for each image.
+            [`PetClassificationOutput`] or `tuple`: one entry for each image.
 
         Raises:
             ValueError: if an image cannot be used, which the message names, or an argument is out of range.
         """
         # 1. Inputs
-        num_classes = self.transformer.config.num_classes
-        if not hasattr(self.scheduler, "precondition_outputs"):
-            raise ValueError(
-                "The scheduler has to be one of EDM, as `AdaptiveEDMScheduler` is, but is of the class "
-                f"{type(self.scheduler).__name__}."
-            )
-        if num_classes < 2:
-            raise ValueError("A model of one class has nothing to tell apart.")
-        if not isinstance(num_evaluations, int) or num_evaluations < 2 or num_evaluations % 2:
-            raise ValueError(
-                f"`num_evaluations` has to be a positive even number, but is {num_evaluations!r}: noise is "
-                "drawn in pairs."
-            )
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"`weighting` has to be one of {', '.join(WEIGHTINGS)}, but is {weighting!r}.")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` has to be a positive integer, but is {batch_size!r}.")
+        self.check_inputs(num_evaluations, weighting, generator)
+        batch_size = check_integer("batch_size", batch_size)
         pixels = self.prepare_images(images)  # (N, C, H, W) in [-1, 1]
 
-        # 2. Noise levels and noise, the same for all images: an answer does not depend on its batch.
-        num_draws = num_evaluations // 2
+        # 2. Noise levels and noise, the same for all images, so that an answer does not depend on its batch
+        num_draws = int(num_evaluations) // 2
         sigmas = self.draw_sigmas(num_draws, weighting, generator)
-        shape = (num_draws, *pixels.shape[1:])
         device = "cpu" if generator is None else generator.device
-        noise = torch.randn(shape, generator=generator, device=device).cpu()
+        noise = torch.randn((num_draws, *pixels.shape[1:]), generator=generator, device=device).cpu()
         weights = self.error_weights(sigmas, weighting, pixels[0].numel())
 
-        # 3. Errors of each class on the same noise, until the classes of an image are apart.
-        stops = adaptive and not return_evidence
-        looks = [look // 2 for look in LOOKS if look < num_evaluations] if stops else []
-        looks.append(num_draws)
-        errors = torch.full((len(pixels), num_classes, num_draws), torch.nan)
-        maps = torch.zeros(len(pixels), num_classes, *pixels.shape[2:]) if return_evidence else None
-        candidates = torch.ones(len(pixels), num_classes, dtype=torch.bool)
-        first = 0
-        with self.progress_bar(total=len(pixels)) as progress_bar:
-            for number, last in enumerate(looks):
-                # One class left: the image is decided.
-                undecided = candidates & (candidates.sum(1, keepdim=True) > 1)
-                rows = [
-                    (image, label, draw)
-                    for image, label in undecided.nonzero().tolist()
-                    for draw in range(first, last)
-                ]
-                for start in range(0, len(rows), max(1, batch_size // 2)):
-                    part = torch.tensor(rows[start : start + max(1, batch_size // 2)])
-                    pixel_errors = self.pixel_errors(pixels, noise, sigmas, part)  # (B, H, W)
-                    image, label, draw = part.unbind(1)
-                    errors[image, label, draw] = pixel_errors.mean((1, 2))
-                    if not errors[image, label, draw].isfinite().all():
-                        raise ValueError(
-                            "The model's errors are not finite; its weights are damaged, or its precision "
-                            f"({self.transformer.dtype}) is too small for them."
-                        )
-                    if maps is not None:
-                        maps.index_put_(
-                            (image, label), weights[draw, None, None] * pixel_errors, accumulate=True
-                        )
-                first = last
-                if last < num_draws:
-                    order = sigmas[:last].argsort()
-                    possible = still_possible((errors * weights)[..., order], number, tuple(looks))
-                    undecided_images = candidates.sum(1, keepdim=True) > 1
-                    candidates = torch.where(undecided_images, candidates & possible, candidates)
-                decided = len(pixels) if last == num_draws else int((candidates.sum(1) == 1).sum())
-                progress_bar.update(decided - progress_bar.n)
+        # 3. Errors of each class, until the classes of an image are apart
+        is_stopped = adaptive and not return_evidence
+        looks = (*(look // 2 for look in LOOKS if is_stopped and look < num_evaluations), num_draws)
+        errors, candidates, maps = self.measure_errors(
+            pixels, noise, sigmas, weights, looks, batch_size, return_evidence
+        )
 
-        # 4. Probabilities: the weighted errors are estimates of -ln p, up to a constant. A class is compared
-        # with the best one on the draws that both have had.
-        used = errors.isnan().logical_not()
-        weighted = (errors * weights).nan_to_num()
-        best = weighted.sum(-1).masked_fill(~candidates, math.inf).argmin(1)
-        lead = weighted - weighted[torch.arange(len(best)), best][:, None]  # (N, classes, draws)
-        scores = -(lead * used).sum(-1) / used.sum(-1)
-        probabilities = scores.clamp_max(0).softmax(1)
-        names = [self.id2label.get(index, str(index)) for index in range(num_classes)]
+        # 4. Answers
+        scores, best = class_scores(errors * weights, candidates)
+        names = self.class_names
         evidence = None
         if maps is not None:
             evidence = self.evidence(errors, maps / num_draws, scores, best, sigmas, names)
         output = PetClassificationOutput(
             labels=[names[index] for index in best.tolist()],
-            probabilities=[dict(zip(names, row)) for row in probabilities.tolist()],
-            num_evaluations=(2 * used.sum((1, 2))).tolist(),
+            probabilities=[dict(zip(names, row)) for row in scores.softmax(1).tolist()],
+            num_evaluations=(2 * errors.isfinite().sum((1, 2))).tolist(),
             evidence=evidence,
         )
         self.maybe_free_model_hooks()
@@ -394,11 +204,87 @@ class PetClassificationPipeline(DiffusionPipeline):
             return tuple(output.values())
         return output
 
+    def check_inputs(self, num_evaluations: int, weighting: str, generator: torch.Generator | None) -> None:
+        """Raises `ValueError` for an argument of [`__call__`] that is out of range."""
+        self.check_scheduler()
+        if self.null_class_id < 2:
+            raise ValueError("Classification needs a model of at least 2 classes, but the model has 1.")
+        if check_integer("num_evaluations", num_evaluations) % 2:
+            raise ValueError(
+                f"`num_evaluations` must be even, because noise is drawn in pairs, but is {num_evaluations}."
+            )
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"`weighting` must be one of {', '.join(WEIGHTINGS)}, but is {weighting!r}.")
+        if not isinstance(generator, (torch.Generator, type(None))):
+            raise ValueError(
+                "`generator` must be one `torch.Generator`, because all images share the noise, but is a "
+                f"{type(generator).__name__}."
+            )
+
+    def measure_errors(
+        self,
+        pixels: torch.Tensor,
+        noise: torch.Tensor,
+        sigmas: torch.Tensor,
+        weights: torch.Tensor,
+        looks: tuple[int, ...],
+        batch_size: int,
+        return_maps: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Measures the errors of every class, and gives classes up at each look.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(N, channels, height, width)`): the images in [-1, 1].
+            noise (`torch.Tensor` of shape `(draws, channels, height, width)`): ε.
+            sigmas (`torch.Tensor` of shape `(draws,)`), weights (`torch.Tensor` of the same shape): noise
+                levels σ and their weights.
+            looks (`tuple[int, ...]`): draws after which classes are compared; the last look is all draws.
+            batch_size (`int`): evaluations at once.
+            return_maps (`bool`): whether to sum the weighted errors of each pixel too.
+
+        Returns:
+            `tuple`: the errors of shape `(N, classes, draws)`, NaN where a class was given up before; the
+            classes that were not given up, `(N, classes)`; and the sums, `(N, classes, height, width)`, or
+            `None`.
+        """
+        shape = (len(pixels), self.null_class_id)
+        errors = torch.full((*shape, len(sigmas)), torch.nan)
+        maps = torch.zeros(*shape, *pixels.shape[2:]) if return_maps else None
+        candidates = torch.ones(shape, dtype=torch.bool)
+        first = 0
+        with self.progress_bar(total=len(pixels)) as progress_bar:
+            for number, last in enumerate(looks):
+                undecided = candidates & (candidates.sum(1, keepdim=True) > 1)
+                pairs = undecided.nonzero().tolist()
+                if not pairs:
+                    break
+                rows = torch.tensor([(*pair, draw) for pair in pairs for draw in range(first, last)])
+                for part in rows.split(max(1, batch_size // 2)):
+                    pixel_errors = self.pixel_errors(pixels, noise, sigmas, part)  # (B, H, W)
+                    image, label, draw = part.unbind(1)
+                    errors[image, label, draw] = pixel_errors.mean((1, 2))
+                    if not errors[image, label, draw].isfinite().all():
+                        raise ValueError(
+                            "The errors of the model are not finite: its weights are damaged, or its "
+                            f"precision ({self.transformer.dtype}) is too low for them."
+                        )
+                    if maps is not None:
+                        weighted = weights[draw, None, None] * pixel_errors
+                        maps.index_put_((image, label), weighted, accumulate=True)
+                first = last
+                if last < len(sigmas):
+                    order = sigmas[:last].argsort()
+                    possible = still_possible((errors * weights)[..., order], number, looks)
+                    candidates &= possible | ~undecided.any(1, keepdim=True)
+                decided = len(pixels) if last == len(sigmas) else int((candidates.sum(1) == 1).sum())
+                progress_bar.update(decided - progress_bar.n)
+        return errors, candidates, maps
+
     def prepare_images(self, images: Any) -> torch.Tensor:
         """Returns images as `(N, channels, height, width)` in [-1, 1], upright, resized and cropped.
 
         Raises:
-            ValueError: if there is none, or one cannot be used; the message names it.
+            ValueError: if there is no image, or an image cannot be used; the message names it.
         """
         if isinstance(images, torch.Tensor) and images.ndim == 4:
             images = list(images)
@@ -414,14 +300,7 @@ class PetClassificationPipeline(DiffusionPipeline):
         mode = "L" if channels == 1 else "RGB"
         if isinstance(image, (str, Path)):
             name = repr(str(image))
-            try:
-                with Image.open(image, formats=IMAGE_FORMATS) as file:
-                    file.load()
-                    image = eight_bit_image(file, mode)
-            except MemoryError:
-                raise ValueError(f"{name} is too large an image for the memory there is.") from None
-            except Exception as error:  # of damaged files Pillow raises nearly anything
-                raise ValueError(f"{name} cannot be read as an image: {error}") from None
+            image = read_image(image, mode)
         elif isinstance(image, Image.Image):
             try:
                 image = eight_bit_image(image, mode)
@@ -433,36 +312,26 @@ class PetClassificationPipeline(DiffusionPipeline):
             image = data.view(size, size, channels).permute(2, 0, 1)
         if not isinstance(image, torch.Tensor):
             raise ValueError(
-                f"{name} has to be a PIL image, a path or a tensor, but is a {type(image).__name__}."
+                f"{name} must be a PIL image, a path or a tensor, but is a {type(image).__name__}."
             )
         if image.ndim != 3 or image.shape[0] != channels or image.numel() == 0:
             raise ValueError(
-                f"{name} has to be of shape ({channels}, height, width), but is {tuple(image.shape)}."
+                f"{name} must be of shape ({channels}, height, width), but is {tuple(image.shape)}."
             )
         image = image.detach().cpu()
         image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
-        if not image.isfinite().all():
-            raise ValueError(f"{name} has values that are not finite.")
-        if image.min() < -1e-3 or image.max() > 1 + 1e-3:
+        if not (image.min() >= -1e-3 and image.max() <= 1 + 1e-3):  # false for NaN
             raise ValueError(
-                f"{name} has to be in [0, 1], or uint8, but has values from {image.min():.3g} to "
+                f"{name} must be in [0, 1], or uint8, but has values from {image.min():.3g} to "
                 f"{image.max():.3g}."
             )
-        if image.shape[1:] != (size, size):
-            scale = size / min(image.shape[1:])
-            height, width = (max(size, round(side * scale)) for side in image.shape[1:])
-            image = torch.nn.functional.interpolate(
-                image[None], (height, width), mode="bicubic", antialias=True, align_corners=False
-            )[0]
-            top, left = (height - size) // 2, (width - size) // 2
-            image = image[:, top : top + size, left : left + size]
-        return image.clamp(0, 1) * 2 - 1
+        return resize_and_crop(image, size).clamp(0, 1) * 2 - 1
 
     def draw_sigmas(self, num_draws: int, weighting: str, generator: torch.Generator | None) -> torch.Tensor:
         """Returns noise levels `(num_draws,)`, uniform in ln σ over the range of the weighting.
 
-        They follow a van der Corput sequence from a random start, so that the first 1, 2, 4, 8 … of them are
-        stratified too, and with them every look of the sequential test.
+        The noise levels follow a van der Corput sequence from a random start, so that the first 1, 2, 4, 8 …
+        levels are stratified too, and with them every look of the sequential test.
         """
         config = self.scheduler.config
         low, high = (config.sigma_min, config.sigma_max) if weighting == "elbo" else BAND_RANGE
@@ -482,14 +351,14 @@ class PetClassificationPipeline(DiffusionPipeline):
             return self.likelihood_weights(sigmas, num_values, low, high)
         if self.config.calibration is None:
             warnings.warn(
-                "This pipeline is not calibrated, so its probabilities are too sure; "
-                "`pet-pipeline calibrate` mends that.",
+                "This pipeline is not calibrated, so its probabilities are too extreme; run `pet-pipeline "
+                "calibrate`.",
                 stacklevel=2,
             )
         return self.band_weights(sigmas, self.config.calibration, num_values)
 
     def band_weights(self, sigmas: torch.Tensor, calibration: dict | None, num_values: int) -> torch.Tensor:
-        """Returns the weights of a calibration, or those of the likelihood bound where there is none."""
+        """Returns the weights of a calibration, or of the likelihood bound if there is no calibration."""
         low, high = BAND_RANGE
         if calibration is None:
             return self.likelihood_weights(sigmas, num_values, low, high)
@@ -558,51 +427,6 @@ class PetClassificationPipeline(DiffusionPipeline):
         return collected
 
 
-def check_labels(id2label: dict | None, num_classes: int) -> dict[int, str]:
-    """Returns class names by id; the keys may be strings, which JSON turns integers into.
-
-    Raises:
-        ValueError: if a key is not the id of a class, a name is not a printable one, or two are the same.
-    """
-    if not isinstance(id2label, (dict, type(None))):
-        raise ValueError(f"`id2label` has to be a dict, but is {reprlib.repr(id2label)}.")
-    labels = {}
-    for key, name in (id2label or {}).items():
-        if not str(key).isdecimal() or len(str(key)) > 18 or not int(key) < num_classes:
-            raise ValueError(
-                f"The keys of `id2label` have to be in [0, {num_classes - 1}], but one is "
-                f"{reprlib.repr(key)}."
-            )
-        if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name) <= MAX_LABEL_LENGTH:
-            raise ValueError(
-                f"The names in `id2label` have to be of 1 to {MAX_LABEL_LENGTH} printable characters, but "
-                f"one is {reprlib.repr(name)}."
-            )
-        labels[int(key)] = name
-    names = [labels.get(index, str(index)) for index in range(num_classes)] if labels else []
-    if len(set(names)) < len(names):
-        name = Counter(names).most_common(1)[0][0]
-        raise ValueError(f"The names in `id2label` have to differ, but two classes are {reprlib.repr(name)}.")
-    return labels
-
-
-def copy_source(module_name: str, folder: Path) -> str:
-    """Copies the source file of a module into a folder and returns its stem, which the index names it by.
-
-    A module without a source file, such as a notebook, keeps its own name; its classes load with it alone.
-    """
-    source = Path(getattr(sys.modules[module_name], "__file__", None) or "")
-    if not source.is_file():
-        logger.warning(
-            f"{module_name} has no source file to save, so the folder cannot be loaded without it."
-        )
-        return module_name
-    target = folder / source.name
-    if not target.exists() or not target.samefile(source):
-        shutil.copyfile(source, target)
-    return source.stem
-
-
 def van_der_corput(index: int) -> float:
     """Returns the element of the base-2 low-discrepancy sequence 0, ½, ¼, ¾, ⅛ … (van der Corput 1935)."""
     value, unit = 0.0, 0.5
@@ -615,64 +439,89 @@ def van_der_corput(index: int) -> float:
 def t_statistic(values: torch.Tensor) -> torch.Tensor:
     """Returns mean over standard error of draws `(..., draws)` that are ordered by noise level.
 
-    The error is estimated from successive differences (von Neumann 1941), as the draws are stratified: that
-    their mean changes smoothly with the noise level is no error.
+    The standard error is estimated from successive differences (von Neumann 1941): the draws are stratified,
+    so that a smooth change of their mean with the noise level is not an error.
     """
     variance = values.diff(dim=-1).square().mean(-1) / 2
     return values.mean(-1) / (variance / values.shape[-1]).sqrt()
 
 
 def still_possible(weighted_errors: torch.Tensor, look: int, looks: tuple[int, ...]) -> torch.Tensor:
-    """Returns which classes may still be the best, `(N, classes)`, by a group-sequential t-test of paired
-    draws.
+    """Returns which classes may still be the best, by a group-sequential t-test of paired draws.
 
     Args:
         weighted_errors (`torch.Tensor` of shape `(N, classes, draws)`): ordered by noise level; NaN for
-            classes given up before.
+            classes that were given up before.
         look (`int`): index in `looks`.
-        looks (`tuple[int, ...]`): draws at each look, the last one included.
+        looks (`tuple[int, ...]`): draws at each look; the last look is all draws.
+
+    Returns:
+        `torch.Tensor` of shape `(N, classes)`, bool.
     """
     means = weighted_errors.mean(-1).nan_to_num(math.inf)
     best = means.argmin(1)
     differences = weighted_errors - weighted_errors[torch.arange(len(best)), best][:, None]
-    given_up = t_statistic(differences) > stopping_bounds(looks)[look]
+    given_up = t_statistic(differences) > stopping_bounds(looks, means.shape[1])[look]
     return ~(given_up | means.isinf())
 
 
 @lru_cache
-def stopping_bounds(looks: tuple[int, ...]) -> tuple[float, ...]:
-    r"""Returns the bound on |t| at each look but the last, of the shape of O'Brien and Fleming (1979).
+def stopping_bounds(looks: tuple[int, ...], num_classes: int) -> tuple[float, ...]:
+    r"""Returns the bound on t at each look but the last, of the shape of O'Brien and Fleming (1979).
 
-    The bounds fall as $\sqrt{n_{last} / n_k}$. Their common factor is found by simulation: with no difference
-    at all, a share `ERROR_RATE` of the tests stops on the side that all draws together speak against.
+    The bounds fall as $\sqrt{n_{last} / n_k}$. Their common factor is found by simulation of classes that
+    make no difference: for a share `ERROR_RATE` of the images, the class that is the best after all draws
+    would exceed a bound at an earlier look, compared with the class that is the best at that look.
 
     Args:
         looks (`tuple[int, ...]`): draws at each look.
+        num_classes (`int`): number of classes.
     """
     if len(looks) < 2:
         return ()
-    draws = torch.randn(20_000, looks[-1], generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    num_images = min(20_000, max(4000, 2**27 // (num_classes * looks[-1])))
     shapes = [(looks[-1] / look) ** 0.5 for look in looks[:-1]]
-    ratios = torch.stack([t_statistic(draws[:, :look]) / shape for look, shape in zip(looks, shapes)])
-    low, high = 0.0, ratios.abs().max().item()
-    for _ in range(30):
-        factor = (low + high) / 2
-        first = (ratios.abs() > factor).int().argmax(0, keepdim=True)  # look 0 where none stops
-        at_first = ratios.gather(0, first)[0]
-        contradicts = (at_first.abs() > factor) & (at_first * draws.mean(1) < 0)
-        low, high = (factor, high) if contradicts.float().mean() > ERROR_RATE else (low, factor)
-    return tuple(high * shape for shape in shapes)
+    highest = []
+    images = torch.arange(100)
+    for _ in range(num_images // len(images)):
+        draws = torch.randn(len(images), num_classes, looks[-1], generator=generator)
+        winner = draws[images, draws.mean(-1).argmin(1)]
+        ratios = []
+        for look, shape in zip(looks, shapes):
+            leader = draws[images, draws[..., :look].mean(-1).argmin(1)]
+            ratios.append(t_statistic((winner - leader)[:, :look]).nan_to_num(0.0) / shape)
+        highest.append(torch.stack(ratios).amax(0))
+    factor = torch.cat(highest).quantile(1 - ERROR_RATE).item()
+    return tuple(factor * shape for shape in shapes)
 
 
-def check_calibration(calibration: dict) -> None:
-    """Raises `ValueError` if a calibration is not what [`PetClassificationPipeline`] can use."""
-    weights = calibration.get("weights") if isinstance(calibration, dict) else None
-    if (
-        not isinstance(weights, (list, tuple))
-        or len(weights) != NUM_BANDS
-        or any(isinstance(weight, bool) or not isinstance(weight, (int, float)) for weight in weights)
-        or not all(math.isfinite(weight) for weight in weights)
-    ):
-        raise ValueError(
-            f"`calibration` has to hold `weights`, {NUM_BANDS} finite numbers, but is {calibration!r}."
-        )
+def class_scores(
+    weighted_errors: torch.Tensor, candidates: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns estimates of ln p of each class relative to the best class, `(N, classes)`, and the best class.
+
+    A class is compared with the best class on the draws that both classes have had.
+
+    Args:
+        weighted_errors (`torch.Tensor` of shape `(N, classes, draws)`): their means estimate -ln p up to a
+            constant; NaN where a class was given up before.
+        candidates (`torch.Tensor` of shape `(N, classes)`): the classes that were not given up.
+    """
+    used = weighted_errors.isfinite()
+    weighted = weighted_errors.nan_to_num()
+    best = weighted.sum(-1).masked_fill(~candidates, math.inf).argmin(1)
+    lead = weighted - weighted[torch.arange(len(best)), best][:, None]
+    return (-(lead * used).sum(-1) / used.sum(-1)).clamp_max(0), best
+
+
+def resize_and_crop(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Resizes an image `(channels, height, width)` until its shorter side is `size`; crops its centre."""
+    scale = size / min(image.shape[1:])
+    height, width = (max(size, round(side * scale)) for side in image.shape[1:])
+    if image.shape[1:] != (height, width):
+        image = torch.nn.functional.interpolate(
+            image[None], (height, width), mode="bicubic", antialias=True, align_corners=False
+        )[0]
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[:, top : top + size, left : left + size]

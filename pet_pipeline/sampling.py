@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .pipeline_pet_diffusion import PetDiffusionPipeline
 
 # The pipeline has the same schedules; a test compares them.
-GUIDANCE_SCHEDULES = ("adaptive", "constant", "interval", "original")
+GUIDANCE_SCHEDULES = ("adaptive", "constant", "interval")
 SOLVERS = ("multistep", "euler", "heun")
 SCHEDULERS = (*SOLVERS, "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 

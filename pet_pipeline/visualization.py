@@ -61,13 +61,6 @@ def image_grid(
     return grid
 
 
-def class_names(pipeline: PetDiffusionPipeline) -> list[str]:
-    """The name of each class of the pipeline, or its id where it has none."""
-    return [
-        pipeline.id2label.get(index, str(index)) for index in range(pipeline.transformer.config.num_classes)
-    ]
-
-
 def sample_grid(
     pipeline: PetDiffusionPipeline, num_images: int = 8, seed: int = 0, **kwargs: Any
 ) -> Image.Image:
@@ -80,7 +73,7 @@ def sample_grid(
             up, so that the images of a column start from the same noise.
         kwargs: further arguments of the pipeline.
     """
-    names = class_names(pipeline)
+    names = pipeline.class_names
     return image_grid(_rows(pipeline, list(range(len(names))), num_images, seed, **kwargs), names)
 
 
@@ -163,7 +156,7 @@ def denoising_strip(
         class_labels (`list[int]`, *optional*): ids of the classes; the default is every class.
         kwargs: further arguments of the pipeline.
     """
-    names = class_names(pipeline)
+    names = pipeline.class_names
     class_labels = list(range(len(names))) if class_labels is None else class_labels
     names = [names[label] for label in class_labels]
     config = pipeline.transformer.config
@@ -198,7 +191,7 @@ def step_comparison(
         class_labels (`list[int]`, *optional*): ids of the classes; the default is every class.
         kwargs: further arguments of the pipeline.
     """
-    names = class_names(pipeline)
+    names = pipeline.class_names
     class_labels = list(range(len(names))) if class_labels is None else class_labels
     rows = []
     for num_steps in steps:

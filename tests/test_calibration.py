@@ -65,6 +65,19 @@ def test_calibration_finds_the_informative_band_and_true_probabilities():
     assert measures["calibration_error"] < 0.03
 
 
+def test_calibration_ignores_what_all_classes_share():
+    # An image that is hard for every class tells nothing about the class.
+    sigmas = (math.log(BAND_RANGE[0]) + (torch.arange(32) + 0.5) / 32 * math.log(200)).exp()
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 2
+    errors = torch.randn(400, 2, 32, generator=generator)
+    errors[torch.arange(400), labels] -= 0.1
+    shared = 10 * torch.randn(400, 1, 32, generator=generator)
+    weights = fit_calibration(ClassErrors(errors, sigmas), labels)["weights"]
+    other = fit_calibration(ClassErrors(errors + shared, sigmas), labels)["weights"]
+    assert other == pytest.approx(weights, rel=1e-2, abs=1e-3)
+
+
 def test_measures():
     probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.4, 0.6]])
     measures = measure_classification(probabilities, torch.tensor([0, 1, 1, 1]), ["a", "b"])

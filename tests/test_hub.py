@@ -66,6 +66,7 @@ PIPELINE_FILES = {
     "model_index.json",
     "pipeline_pet_classification.py",
     "pipeline_pet_diffusion.py",
+    "pipeline_pet_loading.py",
     "scheduler/scheduler_config.json",
     "scheduler/scheduling_adaptive_edm.py",
     "transformer/config.json",

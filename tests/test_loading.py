@@ -2,17 +2,27 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from conftest import random_model
-from diffusers import EDMEulerScheduler, SchedulerMixin
+from diffusers import DDPMScheduler, EDMEulerScheduler, SchedulerMixin
+from diffusers.guiders import ClassifierFreeGuidance
 
-from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
+from pet_pipeline import (
+    AdaptiveEDMScheduler,
+    PetClassificationPipeline,
+    PetDiffusionPipeline,
+    PetTransformer2DModel,
+    component_checks,
+)
+from pet_pipeline.transformer_pet import PRESETS
 
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +87,7 @@ def test_a_saved_folder_has_weights_code_and_json_only(saved):
         "model_index.json",
         "pipeline_pet_classification.py",
         "pipeline_pet_diffusion.py",
+        "pipeline_pet_loading.py",
         "scheduler/scheduler_config.json",
         "scheduler/scheduling_adaptive_edm.py",
         "transformer/config.json",
@@ -174,6 +185,13 @@ def test_another_scheduler_is_saved_and_loaded(pipeline, tmp_path):
     assert type(PetDiffusionPipeline.from_pretrained(tmp_path / "euler").scheduler) is AdaptiveEDMScheduler
 
 
+def test_a_guider_is_saved_and_loaded(pipeline, tmp_path):
+    pipeline = PetDiffusionPipeline.from_pipe(pipeline, guider=ClassifierFreeGuidance(guidance_scale=1.5))
+    pipeline.save_pretrained(tmp_path)
+    guider = PetDiffusionPipeline.from_pretrained(tmp_path).guider
+    assert type(guider) is ClassifierFreeGuidance and guider.guidance_scale == 1.5
+
+
 @pytest.mark.parametrize("pipeline_class", [PetDiffusionPipeline, PetClassificationPipeline])
 def test_pickled_weights_are_refused_and_not_opened(saved, tmp_path, pipeline_class):
     class Evil:
@@ -193,15 +211,19 @@ def test_pickled_weights_are_refused_and_not_opened(saved, tmp_path, pipeline_cl
         ("transformer", 5, "a library and a class"),
         ("transformer", ["transformer_pet"], "a library and a class"),
         ("scheduler", ["diffusers", None], "a library and a class"),
-        ("transformer", ["os", "system"], "does not seem to have any of the loading methods"),
-        ("id2label", ["cat", "dog"], "`id2label` has to be a dict"),
+        (
+            "transformer",
+            ["os", "system"],
+            "subclass of ModelMixin, but is 'system' of 'os'",
+        ),
+        ("id2label", ["cat", "dog"], "`id2label` must be a dict"),
         (
             "id2label",
             {"0": "cat", "1": "cat"},
-            "names in `id2label` have to differ, but two classes are 'cat'",
+            "names in `id2label` must differ, but two classes are 'cat'",
         ),
         ("id2label", {"1": "0"}, "two classes are '0'"),
-        ("pag_scale", "much", "`pag_scale` has to be a finite number"),
+        ("pag_scale", "much", "`pag_scale` must be a finite number"),
     ],
 )
 def test_an_index_is_checked(saved, entry, value, message):
@@ -209,3 +231,137 @@ def test_an_index_is_checked(saved, entry, value, message):
     path.write_text(json.dumps({**json.loads(path.read_text()), entry: value}))
     with pytest.raises(ValueError, match=message):
         PetDiffusionPipeline.from_pretrained(saved)
+
+
+DIT = {"sample_size": 8, "in_channels": 3, "num_classes": 2, "num_attention_heads": 2, "num_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "config", "message"),
+    [
+        ("scheduler", "EDMEulerScheduler", {"num_train_timesteps": 10**9}, "`num_train_timesteps` must be"),
+        ("scheduler", "EDMEulerScheduler", {"sigma_max": "high"}, "`sigma_max` must be a number in"),
+        (
+            "scheduler",
+            "EDMEulerScheduler",
+            "user/pets",
+            "the scheduler must be a JSON object",
+        ),
+        ("scheduler", "EDMDPMSolverMultistepScheduler", {"solver_order": 10**9}, "`solver_order` must be at"),
+        ("scheduler", "DDPMScheduler", {}, "must be an EDM scheduler .*, but is DDPMScheduler"),
+        ("scheduler", "DiffusionPipeline", {}, "must be an available subclass of SchedulerMixin"),
+        ("guider", "AutoGuidance", {"auto_guidance_layers": [0] * 10**6}, "must have at most 16 items"),
+        (
+            "transformer",
+            "DiTTransformer2DModel",
+            {**DIT, "sample_size": 6144},
+            "`sample_size` must be",
+        ),
+        ("transformer", "DiTTransformer2DModel", {**DIT, "sample_size": 4096}, "must be at most 268,435,456"),
+        (
+            "transformer",
+            "DiTTransformer2DModel",
+            {**DIT, "num_layers": 4096},
+            "must be at most 128",
+        ),
+        ("transformer", "DiTTransformer2DModel", {"sample_size": 8, "in_channels": 3}, "`num_classes` in"),
+        (
+            "transformer",
+            "SD3Transformer2DModel",
+            {"pos_embed_max_size": 99999},
+            "must take .*`class_labels`",
+        ),
+    ],
+)
+def test_classes_of_diffusers_are_checked_before_they_are_built(
+    saved, name, class_name, config, message, monkeypatch
+):
+    def build(self, *args, **kwargs):
+        raise AssertionError("a component was built")
+
+    monkeypatch.setattr(getattr(diffusers, class_name), "__init__", build)
+    index = json.loads((saved / "model_index.json").read_text())
+    index[name] = ["diffusers", class_name]
+    (saved / "model_index.json").write_text(json.dumps(index))
+    (saved / name).mkdir(exist_ok=True)
+    config_name = {"transformer": "config.json"}.get(name, f"{name}_config.json")
+    (saved / name / config_name).write_text(json.dumps(config))
+    for pipeline_class in (PetDiffusionPipeline, PetClassificationPipeline):
+        with pytest.raises(ValueError, match=message):
+            pipeline_class.from_pretrained(saved)
+
+
+def test_a_model_of_diffusers_can_be_loaded(saved):
+    transformer = diffusers.DiTTransformer2DModel(
+        sample_size=8, in_channels=3, num_attention_heads=2, attention_head_dim=8, num_layers=1
+    )
+    transformer.register_to_config(num_classes=2)
+    PetDiffusionPipeline(transformer, AdaptiveEDMScheduler()).save_pretrained(saved)
+    assert type(PetDiffusionPipeline.from_pretrained(saved).transformer) is diffusers.DiTTransformer2DModel
+
+
+def diffusers_folder(tmp_path: Path) -> Path:
+    """Returns a folder of a pipeline of diffusers whose weights are a pickle."""
+    model = diffusers.UNet2DModel(
+        8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    )
+    diffusers.DDPMPipeline(model, DDPMScheduler()).save_pretrained(
+        tmp_path / "ddpm", safe_serialization=False
+    )
+    return tmp_path / "ddpm"
+
+
+def test_a_pipeline_cannot_be_a_component(saved, tmp_path, monkeypatch):
+    # diffusers passes `use_safetensors` to models, but not to pipelines inside of pipelines.
+    inner = saved / "guider"
+    shutil.copytree(diffusers_folder(tmp_path), inner)
+    read = []
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: read.append(args) or {})
+    index = json.loads((saved / "model_index.json").read_text())
+    index["guider"] = ["diffusers", "DiffusionPipeline"]
+    (saved / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="`guider` must be an available subclass of BaseGuidance"):
+        PetDiffusionPipeline.from_pretrained(saved)
+    assert not read
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"sample_size": 40_000}, "must be at most 16,777,216, but is 4,800,000,000"),
+        ({"num_classes": 10**9}, r"parameters, but this configuration has about 16,000,0\d\d,\d\d\d \(64 GB"),
+        ({"attention_head_dim": 10**6}, "parameters, but this configuration has"),
+        ({"decoder_channels": 10**6}, "parameters, but this configuration has"),
+        (
+            {"sample_size": 64, "patch_size": 64, "frequency_variances": 12288 * [1.0]},
+            "must have at most 4,096 values, but has 12,288",
+        ),
+        ({"num_layers": "8"}, "`num_layers` must be an integer"),
+    ],
+)
+def test_a_model_that_would_exhaust_memory_is_refused_with_the_figure(saved, config, message):
+    path = saved / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    with pytest.raises(ValueError, match=message):
+        PetDiffusionPipeline.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_layers": 30, "long_skips": True, "feed_forward_ratio": 5.0},
+        {"num_classes": 100_000},
+        {"decoder_layers": 20, "decoder_channels": 256, "num_layers": 1},
+    ],
+)
+def test_parameters_are_estimated_before_they_are_made(preset, config, monkeypatch):
+    with torch.device("meta"):
+        model = PetTransformer2DModel.from_preset(preset, **config)
+    number = sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(component_checks, "MAX_PARAMETERS", 1.1 * number)
+    component_checks.check_memory(model.config)
+    monkeypatch.setattr(component_checks, "MAX_PARAMETERS", 0.9 * number)
+    with pytest.raises(ValueError, match="configuration has about"):
+        component_checks.check_memory(model.config)

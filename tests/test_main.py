@@ -1,5 +1,6 @@
 import configparser
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -271,12 +272,29 @@ def test_a_class_name_cannot_leave_the_folder(tmp_path, name):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("device", ["meta", "nonsense"])
+def test_a_device_without_data_is_one_error(tmp_path, capsys, device):
+    pipeline = PetDiffusionPipeline(random_model(), AdaptiveEDMScheduler())
+    pipeline.save_pretrained(tmp_path / "model")
+    words = [
+        "generate",
+        "--model",
+        str(tmp_path / "model"),
+        "--device",
+        device,
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(words) == 1
+    assert re.fullmatch(f"pet-pipeline: The device '{device}' cannot be used: .*\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"[1]", "JSON object"),
         (b'"user/repository"', "JSON object"),  # diffusers would ask the Hub for it
-        (b'{"num_layers": 1000000}', "`num_layers` has to be an integer in [1, 1000], but is 1000000"),
+        (b'{"num_layers": 1000000}', "`num_layers` must be an integer in [1, 1000], but is 1000000"),
         (b"\xff", "is not a valid JSON file"),
     ],
 )

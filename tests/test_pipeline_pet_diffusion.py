@@ -7,7 +7,14 @@ import torch
 from conftest import random_model
 from diffusers import DDPMScheduler, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from diffusers.configuration_utils import register_to_config
-from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
+from diffusers.guiders import (
+    AdaptiveProjectedGuidance,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    PerturbedAttentionGuidance,
+    SkipLayerGuidance,
+    SmoothedEnergyGuidance,
+)
 from support.oracles import EmpiricalDenoiser, GaussianDenoiser
 
 from pet_pipeline import (
@@ -66,7 +73,7 @@ def test_output_types(pipeline):
     assert isinstance(call("pt", return_dict=False), tuple)
 
 
-@pytest.mark.parametrize("schedule", ["adaptive", "constant", "interval", "original"])
+@pytest.mark.parametrize("schedule", ["adaptive", "constant", "interval"])
 def test_an_image_does_not_depend_on_its_batch(pipeline, schedule):
     settings = {
         "num_inference_steps": 6,
@@ -134,10 +141,6 @@ def test_other_schedules():
     assert guidance_weight(50.0, 3.0, "constant") == 3
     weights = [guidance_weight(s, 3.0, "interval", (0.1, 2.0)) for s in (2.1, 2.0, 0.1, 0.09)]
     assert weights == [1, 3, 3, 1]
-    weights = [
-        guidance_weight(1.0, 3.0, "original", progress=p) for p in (0, 0.049, 0.05, 0.2, 0.7, 0.9, 0.99)
-    ]
-    assert weights == [1, 1, 1.5, 3, 4.5, 6, 6]
     assert guidance_weight(0.5, 3.0, lambda sigma: 1 + sigma) == 1.5
 
 
@@ -151,7 +154,7 @@ def test_guidance_schedule_may_be_a_function(pipeline):
     )
     assert torch.equal(constant.images, function.images)
     assert seen == pipeline.scheduler.sigmas[:-1].tolist()
-    with pytest.raises(ValueError, match="has to be finite"):
+    with pytest.raises(ValueError, match="must be finite"):
         pipeline("cat", 5, guidance_schedule=lambda sigma: float("nan"))
 
 
@@ -240,7 +243,7 @@ def test_perturbed_attention_guidance_of_our_model(pipeline):
     assert not torch.equal(plain, guided)
     pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
     assert torch.equal(draw(pag_scale=1.0), guided)
-    with pytest.raises(ValueError, match="`perturbed_layers` has to be in .0, 1., but is .2."):
+    with pytest.raises(ValueError, match="`perturbed_layers` must be in .0, 1., but is .2."):
         draw(pag_scale=1.0, pag_applied_layers=[2])
 
 
@@ -260,9 +263,10 @@ def test_the_perturbed_attention_guidance_that_suits_a_model_is_saved_with_it(pi
     assert other.config.pag_scale == 0.75 and other.pag_scale == 0
     suited.guider = ClassifierFreeGuidance(guidance_scale=1.0)  # in place of any other
     torch.testing.assert_close(draw(suited), draw(pipeline, guidance_scale=1.0), rtol=1e-4, atol=1e-5)
-    for value in (float("inf"), "1", None, True):
-        with pytest.raises(ValueError, match="`pag_scale` has to be a finite number"):
-            PetDiffusionPipeline(pipeline.transformer, pipeline.scheduler, pag_scale=value)
+    for pipeline_class in (PetDiffusionPipeline, PetClassificationPipeline):
+        for value in (float("inf"), "1", None, True, 1e30):
+            with pytest.raises(ValueError, match="`pag_scale` must be "):
+                pipeline_class(pipeline.transformer, pipeline.scheduler, pag_scale=value)
 
 
 def test_a_callback_may_change_the_guidance():
@@ -422,6 +426,54 @@ def test_guiders_of_diffusers(pipeline):
     assert pipeline.do_classifier_free_guidance
 
 
+@pytest.mark.parametrize(
+    "guider",
+    [
+        PerturbedAttentionGuidance(perturbed_guidance_layers=[1]),
+        SmoothedEnergyGuidance(seg_guidance_layers=[1]),
+        SkipLayerGuidance(skip_layer_guidance_layers=[1]),
+        AutoGuidance(auto_guidance_layers=[1], dropout=0.1),
+    ],
+)
+def test_guiders_that_change_layers_are_refused(pipeline, guider):
+    calls = []
+    pipeline.transformer.register_forward_hook(lambda *args: calls.append(None))
+    pipeline.guider = guider
+    with pytest.raises(ValueError, match=f"The guider {type(guider).__name__} changes .* use `pag_scale`"):
+        pipeline("cat", 4)
+    assert not calls
+
+
+def test_numbers_and_generators_of_every_type(pipeline):
+    def draw(**kwargs):
+        return pipeline("cat", output_type="pt", **kwargs).images
+
+    expected = draw(
+        num_inference_steps=3, guidance_scale=2.0, num_images_per_prompt=2, generator=generators(0, 1)
+    )
+    other = draw(
+        num_inference_steps=np.int64(3),
+        guidance_scale=np.float32(2.0),
+        num_images_per_prompt=np.int32(2),
+        generator=tuple(generators(0, 1)),
+        guidance_interval=[np.float64(0.05), 5],
+    )
+    assert torch.equal(other, expected)
+
+
+def test_the_time_step_keeps_its_precision(pipeline):
+    # In bfloat16, c_noise would be rounded to 3 digits.
+    timesteps = []
+    pipeline.to(torch.bfloat16)
+    pipeline.transformer.register_forward_pre_hook(lambda module, args: timesteps.append(args[1]))
+    pipeline("cat", 5)
+    pipeline.guider = ClassifierFreeGuidance(guidance_scale=1.0)
+    pipeline("cat", 5)
+    expected = pipeline.scheduler.timesteps.tolist()
+    assert [timestep[0].item() for timestep in timesteps] == expected * 2
+    assert len({timestep.bfloat16().item() for timestep in pipeline.scheduler.timesteps} & set(expected)) < 5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_and_load_are_bit_exact(pipeline, dtype, tmp_path):
     pipeline.to(dtype)
@@ -449,16 +501,24 @@ def test_from_pipe_shares_components(pipeline):
         ({"class_labels": []}, "`class_labels` is empty"),
         ({"num_inference_steps": 0}, "`num_inference_steps`"),
         ({"num_inference_steps": -5}, "`num_inference_steps`"),
-        ({"guidance_scale": float("nan")}, "`guidance_scale` has to be finite"),
-        ({"guidance_scale": float("inf")}, "`guidance_scale` has to be finite"),
-        ({"pag_scale": float("nan")}, "`pag_scale` has to be a finite number"),
-        ({"guidance_schedule": "linear"}, "choose one of adaptive, constant, interval, original"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number"),
+        ({"guidance_scale": float("inf")}, "`guidance_scale` must be a finite number"),
+        ({"pag_scale": float("nan")}, "`pag_scale` must be a finite number"),
+        ({"guidance_schedule": "linear"}, "must be one of adaptive, constant, interval, or"),
+        ({"guidance_scale": "2"}, "`guidance_scale` must be a finite number, but is '2'"),
+        ({"pag_scale": -101.0}, "`pag_scale` must be in .-100, 100., but is -101"),
         ({"guidance_interval": (3.0, 1.0)}, "`guidance_interval`"),
+        ({"guidance_interval": None}, "`guidance_interval` must be two numbers .*, but is None"),
+        ({"guidance_interval": ("a", "b")}, "`guidance_interval` must be two numbers"),
+        ({"guidance_interval": (1.0,)}, "`guidance_interval` must be two numbers"),
         ({"num_images_per_prompt": 0}, "`num_images_per_prompt`"),
+        ({"num_images_per_prompt": True}, "`num_images_per_prompt` must be a positive integer, but is True"),
         ({"output_type": "jpeg"}, "`output_type`"),
-        ({"latents": torch.zeros(2, 3, 8, 8)}, r"`latents` has to be of shape \(1, 3, 8, 8\)"),
+        ({"latents": torch.zeros(2, 3, 8, 8)}, r"`latents` must be of shape \(1, 3, 8, 8\)"),
         ({"latents": torch.zeros(1, 3, 10, 10)}, "multiple of the patch size"),
+        ({"latents": torch.zeros(1, 3, 0, 0)}, r"must be of shape \(1, 3, 8, 8\), but is \(1, 3, 0, 0\)"),
         ({"generator": generators(0, 1)}, "2 generators for 1 image"),
+        ({"generator": tuple(generators(0, 1))}, "2 generators for 1 image"),
         ({"negative_class_labels": ["cat", "dog"]}, "`negative_class_labels`"),
         ({"negative_class_labels": "bird"}, "no class 'bird'"),
         ({"sigmas": [1.0, 2.0]}, "`sigmas`"),

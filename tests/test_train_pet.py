@@ -274,7 +274,7 @@ def test_fine_tuning_at_another_size(finished_run, image_folder, tmp_path):
     [
         ({"classes": ["cat", "unicorn"]}, "no class 'unicorn'"),
         ({"dataset_name": "/nowhere/at-all"}, "cannot be loaded"),
-        ({"resolution": 10}, "`patch_size` has to divide the height and width of the images, but 4 does not"),
+        ({"resolution": 10}, "`patch_size` must divide the height and width of the images, but 4 does not"),
         ({"resume_from_checkpoint": "latest"}, "no checkpoint"),
     ],
 )

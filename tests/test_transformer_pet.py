@@ -4,7 +4,7 @@ from conftest import TINY, random_model
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from pet_pipeline import AdaptiveEDMScheduler, PetTransformer2DModel, transformer_pet
+from pet_pipeline import AdaptiveEDMScheduler, PetTransformer2DModel
 from pet_pipeline.transformer_pet import (
     PetAttention,
     dct_matrix,
@@ -42,7 +42,7 @@ def test_a_lone_token_attends_to_itself_in_any_case():
         model(image, 0.0, perturbed_layers=[0, 1]).sample, model(image, 0.0).sample, rtol=1e-4, atol=1e-5
     )
     for layers in ([2], [-1], [0, 5]):
-        with pytest.raises(ValueError, match="`perturbed_layers` has to be in .0, 1."):
+        with pytest.raises(ValueError, match="`perturbed_layers` must be in .0, 1."):
             model(image, 0.0, perturbed_layers=layers)
 
 
@@ -273,7 +273,7 @@ def test_bfloat16_is_close_to_float32(timestep, variances):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"patch_size": 3}, "`patch_size` has to divide `sample_size`"),
+        ({"patch_size": 3}, "`patch_size` must divide `sample_size`"),
         ({"num_layers": 0}, "`num_layers`"),
         ({"num_classes": -1}, "`num_classes`"),
         ({"in_channels": 1.5}, "`in_channels`"),
@@ -282,21 +282,15 @@ def test_bfloat16_is_close_to_float32(timestep, variances):
         ({"dropout": 1.0}, "`dropout`"),
         ({"decoder_layers": -1}, "`decoder_layers`"),
         ({"feed_forward_ratio": 0}, "`feed_forward_ratio`"),
-        ({"feed_forward_ratio": "2"}, r"`feed_forward_ratio` has to be a number in .*, but is '2'"),
+        ({"feed_forward_ratio": "2"}, r"`feed_forward_ratio` must be a number in .*, but is '2'"),
         ({"long_skips": "no"}, "`long_skips`"),
-        ({"sigma_data": 0}, "`sigma_data` has to be a number in"),
+        ({"sigma_data": 0}, "`sigma_data` must be a number in"),
         ({"prediction_type": "sample"}, "`prediction_type`"),
         ({"frequency_variances": 47 * [1.0]}, "= 48 values, but has 47"),
-        ({"frequency_variances": 47 * [1.0] + [-1.0]}, "`frequency_variances` has to be a list of numbers"),
-        ({"frequency_variances": 47 * [1.0] + ["1"]}, "`frequency_variances` has to be a list of numbers"),
-        ({"frequency_variances": 1.0}, "`frequency_variances` has to be a list of numbers"),
-        ({"sample_size": 64, "patch_size": 64, "frequency_variances": [1.0]}, "at most 4,096 frequencies"),
-        # What would exhaust memory is refused with the figure.
-        ({"num_layers": 1001}, r"`num_layers` has to be an integer in \[1, 1000\], but is 1001"),
-        ({"sample_size": 40_000}, "has to be at most 16,777,216, but is 4,800,000,000"),
-        ({"num_classes": 10**9}, r"parameters, but this configuration has about 16,000,0\d\d,\d\d\d \(64 GB"),
-        ({"attention_head_dim": 10**6}, "parameters, but this configuration has"),
-        ({"decoder_channels": 10**6}, "parameters, but this configuration has"),
+        ({"frequency_variances": 47 * [1.0] + [-1.0]}, "`frequency_variances` must be a list of numbers"),
+        ({"frequency_variances": 47 * [1.0] + ["1"]}, "`frequency_variances` must be a list of numbers"),
+        ({"frequency_variances": 1.0}, "`frequency_variances` must be a list of numbers"),
+        ({"num_layers": 1001}, r"`num_layers` must be an integer in \[1, 1000\], but is 1001"),
     ],
 )
 def test_bad_configurations_name_the_argument(config, message):
@@ -411,27 +405,6 @@ def test_shapes_are_inferred_on_the_meta_device():
         model = PetTransformer2DModel(**TINY)
         output = model(torch.empty(2, 3, 8, 8), torch.empty(2), torch.empty(2, dtype=torch.long)).sample
     assert output.shape == (2, 3, 8, 8)
-
-
-@pytest.mark.parametrize("preset", transformer_pet.PRESETS)
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"num_layers": 30, "long_skips": True, "feed_forward_ratio": 5.0},
-        {"num_classes": 100_000},
-        {"decoder_layers": 20, "decoder_channels": 256, "num_layers": 1},
-    ],
-)
-def test_parameters_are_estimated_before_they_are_made(preset, config, monkeypatch):
-    with torch.device("meta"):
-        model = PetTransformer2DModel.from_preset(preset, **config)
-        number = sum(parameter.numel() for parameter in model.parameters())
-        monkeypatch.setattr(transformer_pet, "MAX_PARAMETERS", 1.1 * number)
-        PetTransformer2DModel.from_preset(preset, **config)
-        monkeypatch.setattr(transformer_pet, "MAX_PARAMETERS", 0.9 * number)
-        with pytest.raises(ValueError, match="configuration has about"):
-            PetTransformer2DModel.from_preset(preset, **config)
 
 
 def test_weights_that_are_missing_or_pickled_are_refused(tmp_path):

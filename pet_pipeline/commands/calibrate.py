@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .loading import as_classifier, load_pipeline, load_reference_of
+from .loading import load_pipeline, load_reference_of
 from .options import HelpFormatter, add_device_option, add_reference_options, positive_integer, seed
 
 
@@ -41,14 +41,14 @@ def run(args: argparse.Namespace) -> None:
     """Calibrates the model and prints how well the calibrated classifier does on the same images."""
     from ..evaluation.calibration import class_errors, fit_calibration, measure_classification
     from ..evaluation.reference import balanced_subset
-    from ..visualization import class_names
+    from ..pipeline_pet_classification import PetClassificationPipeline
 
     if not Path(args.model).is_dir():
         raise ValueError(
             f"{args.model!r} is not a folder; a calibration is kept in the folder of a saved pipeline."
         )
     pipeline = load_pipeline(args.model, device=args.device)
-    classifier = as_classifier(pipeline)
+    classifier = PetClassificationPipeline.from_pipe(pipeline)
     classifier.set_progress_bar_config(disable=True)
     reference = load_reference_of(args, pipeline, "validation")
     held_out = balanced_subset(reference.validation, args.num_images)
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     pipeline.save_config(args.model)
     weights = classifier.band_weights(errors.sigmas, calibration, held_out.images[0].numel())
     measures = measure_classification(
-        (-(errors.errors * weights).mean(-1)).softmax(1), held_out.labels, class_names(pipeline)
+        (-(errors.errors * weights).mean(-1)).softmax(1), held_out.labels, pipeline.class_names
     )
     print(f"calibration: {calibration['weights']}")
     print(

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .loading import as_classifier, load_pipeline
+from .loading import load_classifier_pipeline
 from .options import HelpFormatter, add_device_option, add_model_option, positive_integer, seed
 
 
@@ -65,13 +65,12 @@ def image_files(paths: list[Path]) -> list[Path]:
 def run(args: argparse.Namespace) -> None:
     """Classifies the images, and ends with an error if one of them could not be read."""
     import torch
-    from PIL import Image
 
-    from ..pipeline_pet_classification import IMAGE_FORMATS, eight_bit_image
-    from ..visualization import class_names, evidence_figure
+    from ..pipeline_pet_classification import read_image
+    from ..visualization import evidence_figure
 
     files = image_files(args.images)
-    pipeline = as_classifier(load_pipeline(args.model, device=args.device))
+    pipeline = load_classifier_pipeline(args.model, args.device)
     pipeline.set_progress_bar_config(disable=True)
     good, tensors = [], []
     for file in files:
@@ -102,10 +101,7 @@ def run(args: argparse.Namespace) -> None:
                 shares = ", ".join(f"{name} {share:.1%}" for name, share in probabilities.items())
                 print(f"{file}: {label} ({shares}; {evaluations} evaluations)", flush=True)
     if args.evidence is not None:
-        pictures = []
-        for file in good:
-            with Image.open(file, formats=IMAGE_FORMATS) as picture:
-                pictures.append(eight_bit_image(picture))
-        evidence_figure(pictures, evidence, class_names(pipeline)).save(args.evidence)
+        pictures = [read_image(file) for file in good]
+        evidence_figure(pictures, evidence, pipeline.class_names).save(args.evidence)
     if len(good) < len(files):
         raise ValueError(f"{len(files) - len(good)} of {len(files)} files could not be classified.")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sampling import SampleSettings
-from .loading import as_classifier, load_pipeline, load_reference_of
+from .loading import load_classifier_pipeline, load_pipeline, load_reference_of
 from .options import (
     HelpFormatter,
     add_device_option,
@@ -102,7 +102,6 @@ def run_images(args: argparse.Namespace) -> None:
     from ..evaluation.images import evaluate, generated_grid, neighbor_grid
     from ..evaluation.metrics import FEATURE_EXTRACTORS
     from ..evaluation.tables import markdown_table, save_record
-    from ..visualization import class_names
 
     settings = sample_settings(args)
     extractor = FEATURE_EXTRACTORS[args.features]()
@@ -133,7 +132,7 @@ def run_images(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_record(record, out / "evaluation.json")
     neighbor_grid(generated.images, reference).save(out / "neighbors.png")
-    generated_grid(generated, class_names(pipeline)).save(out / "generated.png")
+    generated_grid(generated, pipeline.class_names).save(out / "generated.png")
     print(markdown_table(record, Path(args.model).name if args.model else "bundled model"))
     print(f"evaluation.json, generated.png and neighbors.png are in {out}.")
 
@@ -144,11 +143,11 @@ def run_classification(args: argparse.Namespace) -> None:
     from ..evaluation.images import class_accuracy, load_classifier
     from ..evaluation.reference import balanced_subset
     from ..evaluation.tables import save_record
-    from ..visualization import class_names, reliability_diagram
+    from ..visualization import reliability_diagram
 
-    pipeline = as_classifier(load_pipeline(args.model, device=args.device))
+    pipeline = load_classifier_pipeline(args.model, args.device)
     pipeline.set_progress_bar_config(disable=True)
-    names = class_names(pipeline)
+    names = pipeline.class_names
     reference = load_reference_of(args, pipeline, args.split)
     images = balanced_subset(reference.images, args.num_images)
     measures, probabilities = evaluate_classification(

@@ -120,11 +120,11 @@ def options_of_image(path: Path) -> list[str]:
 
 def run(args: argparse.Namespace) -> None:
     """Draws the images and saves them."""
-    from ..visualization import class_names, denoising_strip, image_grid, step_comparison
+    from ..visualization import denoising_strip, image_grid, step_comparison
 
     settings = sample_settings(args)
     pipeline = load_pipeline(args.model, args.scheduler, args.device, args.dtype)
-    names = args.classes or class_names(pipeline)
+    names = args.classes or pipeline.class_names
     ids = label_ids(pipeline, names)
     call_arguments = settings.call_arguments(pipeline)
     digest = weights_digest(pipeline.transformer)

@@ -45,35 +45,27 @@ def load_pipeline(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no data.")
         return pipeline.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def as_classifier(pipeline: "PetDiffusionPipeline") -> "PetClassificationPipeline":
-    """Returns a classifier that shares the weights of a pipeline.
-
-    `PetClassificationPipeline.from_pipe` does the same, but diffusers warns of its cast even if the cast
-    changes nothing.
-    """
+def load_classifier_pipeline(model: str | None, device: str | None = None) -> "PetClassificationPipeline":
+    """Loads a saved pipeline as a classifier; see [`load_pipeline`]."""
     from ..pipeline_pet_classification import PetClassificationPipeline
 
-    return PetClassificationPipeline(
-        pipeline.transformer,
-        pipeline.scheduler,
-        id2label=pipeline.id2label,
-        calibration=pipeline.config.calibration,
-    )
+    return PetClassificationPipeline.from_pipe(load_pipeline(model, device=device))
 
 
 def load_reference_of(args: argparse.Namespace, pipeline: "PetDiffusionPipeline", split: str) -> "Reference":
     """Loads the data set of the options of [`add_reference_options`] for the classes of a pipeline."""
     from ..evaluation.reference import load_reference
-    from ..visualization import class_names
 
     return load_reference(
         args.reference,
-        class_names(pipeline),
+        pipeline.class_names,
         pipeline.transformer.config.sample_size,
         split,
         args.validation_fraction,

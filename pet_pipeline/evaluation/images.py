@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..data import to_model_range
 from ..sampling import generate
 from ..scheduling_adaptive_edm import AdaptiveEDMScheduler
-from ..visualization import array_image, class_names, image_grid
+from ..visualization import array_image, image_grid
 from .classifier import BUNDLED_CLASSIFIER, PetClassifier
 from .metrics import (
     frechet_distance,
@@ -237,7 +237,7 @@ def evaluate(
             f"{num_images} generated images need as many real ones, as many of each class, but the reference "
             f"has {num_real_images}."
         )
-    classifier = load_classifier(class_names(pipeline), pipeline.transformer.config.sample_size)
+    classifier = load_classifier(pipeline.class_names, pipeline.transformer.config.sample_size)
     generated = generate_images(pipeline, num_images, batch_size, seed, **kwargs)
     # A function, as a schedule of guidance may be, is told by its name.
     given = {

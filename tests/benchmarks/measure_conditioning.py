@@ -12,7 +12,6 @@ import torch
 from pet_pipeline import PetDiffusionPipeline
 from pet_pipeline.data import ImageDataset, load_image_dataset, stratified_split, to_model_range
 from pet_pipeline.evaluation.metrics import validation_loss
-from pet_pipeline.visualization import class_names
 
 
 def main() -> None:
@@ -26,7 +25,7 @@ def main() -> None:
     args = parser.parse_args()
 
     pipeline = PetDiffusionPipeline.from_pretrained(args.model)
-    names = class_names(pipeline)
+    names = pipeline.class_names
     resolution = pipeline.transformer.config.sample_size
     dataset = load_image_dataset(args.dataset_name, names, resolution, cache_dir=args.cache_dir)
     held_out = stratified_split(dataset, 0.1, seed=0)[1]

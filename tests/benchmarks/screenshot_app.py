@@ -17,7 +17,6 @@ from PIL import Image
 from pet_pipeline.app import serve
 from pet_pipeline.commands.loading import load_pipeline
 from pet_pipeline.evaluation.reference import load_reference
-from pet_pipeline.visualization import class_names
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -56,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     pipeline = load_pipeline(args.model)
     resolution = pipeline.transformer.config.sample_size
-    names = class_names(pipeline)
+    names = pipeline.class_names
     reference = load_reference(args.reference, names, resolution, cache_dir=args.cache_dir)
     with serve(pipeline, reference) as url, chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 1280})

@@ -1,0 +1,331 @@
+"""PetPipelineMixin: what the two pipelines share, namely their components, loading, saving and class labels.
+
+Both pipeline files import this file relatively, and a saved folder holds all three, so that diffusers finds
+it without this package. A process that loads the code of two folders with different versions of this file
+keeps the first version, because diffusers copies the files of all folders into one place.
+
+This file travels inside every saved checkpoint: it imports PyTorch, diffusers and the standard library only.
+"""
+
+import importlib
+import inspect
+import json
+import math
+import reprlib
+import shutil
+import sys
+from collections import Counter
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from diffusers.guiders.guider_utils import BaseGuidance
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# The modules of this package that define components, and the files at the top of every saved folder.
+COMPONENT_MODULES = ("transformer_pet", "scheduling_adaptive_edm")
+PIPELINE_MODULES = ("pipeline_pet_diffusion", "pipeline_pet_classification", "pipeline_pet_loading")
+
+MAX_LABEL_LENGTH = 256
+MAX_PAG_SCALE = 100.0  # useful values are about 0 to 3; float16 overflows at thousands
+NUM_BANDS = 8  # bands of noise levels in a calibration
+
+if TYPE_CHECKING:
+    PipelineBase = DiffusionPipeline
+else:  # diffusers requires that a pipeline file knows one subclass of `DiffusionPipeline` only
+    PipelineBase = object
+
+
+class PetPipelineMixin(PipelineBase):
+    r"""The components, loading, saving and class labels of the pipelines of this package.
+
+    Args:
+        transformer ([`PetTransformer2DModel`]): the denoiser, whose class `num_classes` is the null class. A
+            model of another class needs the same `forward`, and `sample_size`, `in_channels` and
+            `num_classes` in its config.
+        scheduler ([`AdaptiveEDMScheduler`]): the noise levels and the preconditioning; `EDMEulerScheduler`
+            and `EDMDPMSolverMultistepScheduler` are possible too.
+        guider (`BaseGuidance`, *optional*): a guider of diffusers. [`PetDiffusionPipeline`] then uses it
+            instead of `guidance_scale`, `guidance_schedule` and `pag_scale`.
+        id2label (`dict`, *optional*): class names by id, for example `{0: "cat", 1: "dog"}`.
+        calibration (`dict`, *optional*): the weight of each band of noise levels in the classification,
+            `{"weights": [...]}`. `pet-pipeline calibrate` measures it.
+        pag_scale (`float`, defaults to 0.0): strength of perturbed-attention guidance if a call of
+            [`PetDiffusionPipeline`] does not give one; at most 100 in absolute value.
+
+    Raises:
+        ValueError: if an argument is out of range; the message names it.
+    """
+
+    model_cpu_offload_seq = "transformer"
+    _optional_components = ["guider"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        guider: BaseGuidance | None = None,
+        id2label: dict | None = None,
+        calibration: dict | None = None,
+        pag_scale: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, guider=guider)
+        self.id2label = check_labels(id2label, transformer.config.num_classes)
+        check_calibration(calibration)
+        check_pag_scale(pag_scale)
+        self.register_to_config(
+            id2label={str(key): name for key, name in self.id2label.items()},
+            calibration=calibration,
+            pag_scale=pag_scale,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None = None, **kwargs: Any) -> Self:
+        """Loads a saved pipeline. Without an argument, loads the bundled cats and dogs.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`, *optional*): a folder or a Hub id.
+            kwargs: see [`DiffusionPipeline.from_pretrained`]. `use_safetensors` defaults to `True`, so that
+                no pickle is read.
+        """
+        if pretrained_model_name_or_path is None:
+            pretrained_model_name_or_path = Path(__file__).parent / "pretrained"
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """Makes a pipeline that shares the components and the configuration of another.
+
+        Args:
+            pipeline (`DiffusionPipeline`): a pipeline with a `transformer` and a `scheduler`.
+            kwargs: arguments of this pipeline that replace those of the other, and `dtype`, the precision of
+                the components, which defaults to that of the other pipeline.
+        """
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", pipeline.dtype))
+        available = {**pipeline.config, **pipeline.components}
+        names = inspect.signature(cls.__init__).parameters
+        new = cls(**{**{name: available[name] for name in names if name in available}, **kwargs})
+        if "_name_or_path" in pipeline.config:
+            new.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
+        # diffusers warns of some casts even if they change nothing.
+        return new if new.dtype == dtype else new.to(dtype=dtype)
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves `model_index.json`, and beside it the source files of classes that diffusers does not have.
+
+        `save_pretrained` and `push_to_hub` call this method before anything is uploaded. The folder can then
+        be loaded without this package by `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
+
+        Args:
+            save_directory (`str` or `Path`): the folder of the pipeline.
+            push_to_hub (`bool`, defaults to `False`): not supported; call `push_to_hub` of the pipeline.
+
+        Raises:
+            ValueError: if `push_to_hub` is true.
+        """
+        if push_to_hub:
+            raise ValueError("An index alone cannot be pushed; use `pipeline.push_to_hub(repo_id)`.")
+        super().save_config(save_directory, **kwargs)
+        folder = Path(save_directory)
+        index_path = folder / self.config_name
+        index = json.loads(index_path.read_text())
+        index["_class_name"] = [copy_source(type(self).__module__, folder), type(self).__name__]
+        # The other files lie beside this file, or in the folder that the pipeline was loaded from.
+        origins = (Path(__file__).parent, Path(str(self.config.get("_name_or_path"))))
+        for name in PIPELINE_MODULES:
+            sources = [origin / f"{name}.py" for origin in origins if (origin / f"{name}.py").is_file()]
+            if sources:
+                copy_file(sources[0], folder)
+        for name in self.components:
+            library, class_name = index.get(name, (None, None))
+            if library is not None and library.partition(".")[0] != "diffusers":
+                index[name] = [copy_source(library, folder / name), class_name]
+        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
+        config = super()._dict_from_json_file(json_file)
+        if not isinstance(config, dict):
+            raise ValueError(f"{str(json_file)!r} must hold a JSON object.")
+        if isinstance(config.get("_class_name"), list):
+            config["_class_name"] = str(*config["_class_name"][-1:])
+        return config
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Loads `model_index.json`; see [`ConfigMixin.load_config`].
+
+        The installed package uses its own classes and runs no code of the folder: it reads the names of
+        source files as modules of the package. It also checks the components of a local folder here, before
+        diffusers builds them.
+
+        Raises:
+            ValueError: if a component is not given as a library and a class, or cannot be loaded safely.
+        """
+        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name in ("transformer", "scheduler", "guider"):
+            pair = config.get(name, [None, None])
+            if not isinstance(pair, list) or [type(part) for part in pair] not in (
+                [str, str],
+                [type(None), type(None)],
+            ):
+                raise ValueError(
+                    f"`{name}` in {cls.config_name} must be a library and a class, but is "
+                    f"{reprlib.repr(pair)}."
+                )
+        package = __name__.rpartition(".")[0]
+        if package.startswith("diffusers_modules"):  # this is the copy of this file in a folder
+            return loaded
+        for value in config.values():
+            stem = str(value[0]).rpartition(".")[2] if isinstance(value, list) and value else None
+            if stem in COMPONENT_MODULES:
+                value[0] = importlib.import_module(f"{package}.{stem}").__name__
+        if Path(pretrained_model_name_or_path).is_dir():
+            # Not a relative import, which diffusers would look for in the folder.
+            checks = importlib.import_module(f"{package}.component_checks")
+            checks.check_components(config, Path(pretrained_model_name_or_path))
+        return loaded
+
+    @property
+    def class_names(self) -> list[str]:
+        """The name of each class, or its id if it has no name."""
+        return [self.id2label.get(index, str(index)) for index in range(self.null_class_id)]
+
+    @property
+    def null_class_id(self) -> int:
+        """The id of the null class of classifier-free guidance, which is the number of classes."""
+        return self.transformer.config.num_classes
+
+    def get_label_ids(self, class_labels: Any) -> list[int]:
+        """Maps class names and ids, alone or in a list, nested or a tensor, to a flat list of class ids.
+
+        Raises:
+            ValueError: if a name is unknown or an id is out of range.
+        """
+        if hasattr(class_labels, "tolist"):  # tensors and arrays
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, (list, tuple)):
+            return [label_id for label in class_labels for label_id in self.get_label_ids(label)]
+        if isinstance(class_labels, str):
+            for label_id, name in self.id2label.items():
+                if name == class_labels:
+                    return [label_id]
+            names = ", ".join(self.id2label.values()) or f"none; use ids in [0, {self.null_class_id - 1}]"
+            raise ValueError(f"There is no class {class_labels!r}; this pipeline knows {names}.")
+        if not isinstance(class_labels, Integral):
+            raise ValueError(f"A class label must be a name or an integer, but is {class_labels!r}.")
+        if not 0 <= class_labels < self.null_class_id:
+            raise ValueError(f"A class id must be in [0, {self.null_class_id - 1}], but is {class_labels}.")
+        return [int(class_labels)]
+
+    def check_scheduler(self) -> None:
+        """Raises `ValueError` if the scheduler does not have the preconditioning of EDM."""
+        if not hasattr(self.scheduler, "precondition_outputs"):
+            raise ValueError(
+                "The scheduler must be an EDM scheduler such as `AdaptiveEDMScheduler`, but is of the class "
+                f"{type(self.scheduler).__name__}."
+            )
+
+
+def check_integer(name: str, value: Any) -> int:
+    """Returns a positive integer of any integer type as an `int`.
+
+    Raises:
+        ValueError: if the value is not a positive integer.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, but is {value!r}.")
+    return int(value)
+
+
+def check_number(name: str, value: Any) -> float:
+    """Returns a finite number of any real type as a `float`.
+
+    Raises:
+        ValueError: if the value is not a finite number.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number, but is {reprlib.repr(value)}.")
+    return float(value)
+
+
+def check_pag_scale(pag_scale: float) -> None:
+    """Raises `ValueError` if the strength of perturbed-attention guidance is out of range."""
+    if abs(check_number("pag_scale", pag_scale)) > MAX_PAG_SCALE:
+        raise ValueError(f"`pag_scale` must be in [-100, 100], but is {pag_scale}.")
+
+
+def check_calibration(calibration: dict | None) -> None:
+    """Raises `ValueError` if a calibration does not hold a weight for each band of noise levels."""
+    if calibration is None:
+        return
+    weights = calibration.get("weights") if isinstance(calibration, dict) else None
+    if (
+        not isinstance(weights, (list, tuple))
+        or len(weights) != NUM_BANDS
+        or any(not isinstance(weight, Real) or isinstance(weight, bool) for weight in weights)
+        or not all(0 <= weight < math.inf for weight in weights)
+    ):
+        raise ValueError(
+            f"`calibration` must hold `weights`, {NUM_BANDS} finite numbers of at least 0, but is "
+            f"{reprlib.repr(calibration)}."
+        )
+
+
+def check_labels(id2label: dict | None, num_classes: int) -> dict[int, str]:
+    """Returns class names by id. The keys may be strings, because JSON turns integer keys into strings.
+
+    Raises:
+        ValueError: if a key is not the id of a class, a name is not printable, or two classes share a name.
+    """
+    if not isinstance(id2label, (dict, type(None))):
+        raise ValueError(f"`id2label` must be a dict, but is {reprlib.repr(id2label)}.")
+    labels = {}
+    for key, name in (id2label or {}).items():
+        if not str(key).isdecimal() or len(str(key)) > 18 or not int(key) < num_classes:
+            raise ValueError(
+                f"The keys of `id2label` must be in [0, {num_classes - 1}], but one is {reprlib.repr(key)}."
+            )
+        if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name) <= MAX_LABEL_LENGTH:
+            raise ValueError(
+                f"The names in `id2label` must have 1 to {MAX_LABEL_LENGTH} printable characters, but one is "
+                f"{reprlib.repr(name)}."
+            )
+        labels[int(key)] = name
+    names = [labels.get(index, str(index)) for index in range(num_classes)] if labels else []
+    if len(set(names)) < len(names):
+        name = Counter(names).most_common(1)[0][0]
+        raise ValueError(f"The names in `id2label` must differ, but two classes are {reprlib.repr(name)}.")
+    return labels
+
+
+def copy_file(source: Path, folder: Path) -> None:
+    """Copies a file into a folder, unless it is there already."""
+    target = folder / source.name
+    if not target.exists() or not target.samefile(source):
+        shutil.copyfile(source, target)
+
+
+def copy_source(module_name: str, folder: Path) -> str:
+    """Copies the source file of a module into a folder; returns its stem, which the index names it by.
+
+    A module without a source file, such as a notebook, keeps its own name. Its classes then load only where
+    the module exists.
+    """
+    source = Path(getattr(sys.modules[module_name], "__file__", None) or "")
+    if not source.is_file():
+        logger.warning(
+            f"{module_name} has no source file to save, so the folder cannot be loaded without it."
+        )
+        return module_name
+    copy_file(source, folder)
+    return source.stem
