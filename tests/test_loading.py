@@ -1,5 +1,6 @@
 """Saved pipelines in fresh processes, with this package and without it."""
 
+import functools
 import json
 import os
 import shutil
@@ -276,10 +277,13 @@ DIT = {"sample_size": 8, "in_channels": 3, "num_classes": 2, "num_attention_head
 def test_classes_of_diffusers_are_checked_before_they_are_built(
     saved, name, class_name, config, message, monkeypatch
 ):
+    component_class = getattr(diffusers, class_name)
+
+    @functools.wraps(component_class.__init__)
     def build(self, *args, **kwargs):
         raise AssertionError("a component was built")
 
-    monkeypatch.setattr(getattr(diffusers, class_name), "__init__", build)
+    monkeypatch.setattr(component_class, "__init__", build)
     index = json.loads((saved / "model_index.json").read_text())
     index[name] = ["diffusers", class_name]
     (saved / "model_index.json").write_text(json.dumps(index))

@@ -276,16 +276,8 @@ def test_a_class_name_cannot_leave_the_folder(tmp_path, name):
 def test_a_device_without_data_is_one_error(tmp_path, capsys, device):
     pipeline = PetDiffusionPipeline(random_model(), AdaptiveEDMScheduler())
     pipeline.save_pretrained(tmp_path / "model")
-    words = [
-        "generate",
-        "--model",
-        str(tmp_path / "model"),
-        "--device",
-        device,
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert main(words) == 1
+    words = ["generate", "--model", str(tmp_path / "model"), "--device", device]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 1
     assert re.fullmatch(f"pet-pipeline: The device '{device}' cannot be used: .*\n", capsys.readouterr().err)
 
 
