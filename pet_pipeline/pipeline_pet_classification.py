@@ -211,7 +211,8 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
             raise ValueError("Classification needs a model of at least 2 classes, but the model has 1.")
         if check_integer("num_evaluations", num_evaluations) % 2:
             raise ValueError(
-                f"`num_evaluations` must be even, because noise is drawn in pairs, but is {num_evaluations}."
+                "`num_evaluations` must be an even number, because noise is drawn in pairs, but is "
+                f"{num_evaluations}."
             )
         if weighting not in WEIGHTINGS:
             raise ValueError(f"`weighting` must be one of {', '.join(WEIGHTINGS)}, but is {weighting!r}.")

@@ -225,13 +225,13 @@ def test_a_classification_that_is_out_of_bounds_is_refused(pipeline, request_, m
 
 
 def test_the_page_classifies_with_the_calibration_of_the_model(pipeline, monkeypatch):
-    made, kind = [], app.PetClassificationPipeline
+    made, from_pipe = [], app.PetClassificationPipeline.from_pipe
 
-    def make(*args, **kwargs):
-        made.append(kind(*args, **kwargs))
+    def make(pipeline):
+        made.append(from_pipe(pipeline))
         return made[0]
 
-    monkeypatch.setattr(app, "PetClassificationPipeline", make)
+    monkeypatch.setattr(app.PetClassificationPipeline, "from_pipe", make)
     calibration = {"weights": [1.0] * 8}
     pipeline.register_to_config(calibration=calibration)
     app.build_app(pipeline)
