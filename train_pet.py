@@ -45,7 +45,18 @@ from pet_pipeline import (
     PetDiffusionPipeline,
     PetTransformer2DModel,
 )
-from pet_pipeline.checkpointing import (
+from pet_pipeline.commands.options import HelpFormatter
+from pet_pipeline.evaluation.metrics import validation_loss
+from pet_pipeline.hub import (
+    EVALUATION_FILES,
+    TrainingReport,
+    create_repository,
+    push_folder,
+    render_model_card,
+)
+from pet_pipeline.pipeline_pet_diffusion import check_labels
+from pet_pipeline.pipeline_pet_loading import check_labels
+from pet_pipeline.training.checkpointing import (
     Interruption,
     checkpoint_path,
     checkpoint_step,
@@ -57,8 +68,7 @@ from pet_pipeline.checkpointing import (
     set_aside,
     trim_log,
 )
-from pet_pipeline.commands.options import HelpFormatter
-from pet_pipeline.data import (
+from pet_pipeline.training.data import (
     ImageDataset,
     describe_split,
     load_image_dataset,
@@ -66,18 +76,9 @@ from pet_pipeline.data import (
     split_dataset,
     to_model_range,
 )
-from pet_pipeline.evaluation.metrics import validation_loss
-from pet_pipeline.hub import (
-    EVALUATION_FILES,
-    TrainingReport,
-    create_repository,
-    push_folder,
-    render_model_card,
-)
-from pet_pipeline.losses import PRESETS as LOSS_PRESETS
-from pet_pipeline.losses import DenoiserWithLoss
-from pet_pipeline.optimization import create_optimizer, learning_rate_factor
-from pet_pipeline.pipeline_pet_loading import check_labels
+from pet_pipeline.training.losses import PRESETS as LOSS_PRESETS
+from pet_pipeline.training.losses import DenoiserWithLoss
+from pet_pipeline.training.optimization import create_optimizer, learning_rate_factor
 from pet_pipeline.transformer_pet import PRESETS as MODEL_PRESETS
 from pet_pipeline.transformer_pet import frequency_variances
 from pet_pipeline.visualization import denoising_strip, loss_curves, sample_grid, step_comparison

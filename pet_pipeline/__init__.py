@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "PetTransformer2DModel": "transformer_pet",
     "AdaptiveEDMScheduler": "scheduling_adaptive_edm",
-    "BalancedAdaptiveLoss": "losses",
+    "BalancedAdaptiveLoss": "training.losses",
     "PetDiffusionPipeline": "pipeline_pet_diffusion",
     "guidance_weight": "pipeline_pet_diffusion",
     "PetClassificationPipeline": "pipeline_pet_classification",
@@ -25,10 +25,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .losses import BalancedAdaptiveLoss
     from .pipeline_pet_classification import PetClassificationPipeline
     from .pipeline_pet_diffusion import PetDiffusionPipeline, guidance_weight
     from .scheduling_adaptive_edm import AdaptiveEDMScheduler
+    from .training.losses import BalancedAdaptiveLoss
     from .transformer_pet import PetTransformer2DModel
 
 

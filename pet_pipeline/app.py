@@ -525,8 +525,8 @@ def neighbors_html(samples: Samples, training_images: torch.Tensor) -> str:
         samples ([`Samples`]): the images.
         training_images (`torch.Tensor` of shape `(M, 3, height, width)`, uint8): the images it is trained on.
     """
-    from .data import image_to_tensor, to_model_range
     from .evaluation.metrics import nearest_neighbors, pixel_distances
+    from .training.data import image_to_tensor, to_model_range
 
     images = [image for row in samples.rows.values() for image in row]
     labels = [

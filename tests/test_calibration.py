@@ -10,7 +10,6 @@ from support.oracles import GaussianDenoiser
 
 from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
 from pet_pipeline.__main__ import main
-from pet_pipeline.data import ImageDataset
 from pet_pipeline.evaluation.calibration import (
     ClassErrors,
     accuracy_curve,
@@ -23,6 +22,7 @@ from pet_pipeline.evaluation.calibration import (
     wilson_interval,
 )
 from pet_pipeline.pipeline_pet_classification import BAND_RANGE, NUM_BANDS
+from pet_pipeline.training.data import ImageDataset
 from pet_pipeline.visualization import evidence_figure, reliability_diagram
 
 

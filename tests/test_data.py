@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pet_pipeline.data import (
+from pet_pipeline.training.data import (
     ImageDataset,
     image_to_tensor,
     load_image_dataset,

@@ -7,7 +7,6 @@ from support.oracles import EmpiricalDenoiser, GaussianDenoiser
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
 from pet_pipeline.__main__ import main
-from pet_pipeline.data import ImageDataset, load_image_dataset, stratified_split
 from pet_pipeline.evaluation.classifier import PetClassifier
 from pet_pipeline.evaluation.images import (
     class_accuracy,
@@ -21,6 +20,7 @@ from pet_pipeline.evaluation.images import (
 from pet_pipeline.evaluation.metrics import FEATURE_EXTRACTORS, validation_loss
 from pet_pipeline.evaluation.reference import Reference, balanced_subset, load_reference
 from pet_pipeline.evaluation.tables import markdown_table
+from pet_pipeline.training.data import ImageDataset, load_image_dataset, stratified_split
 
 
 @pytest.fixture(autouse=True)

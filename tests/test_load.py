@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model
-from test_train_pet import TINY, train
-from training_process import PROCESSES
+from support.training_process import PROCESSES, TINY, train
 
 import train_pet
 from pet_pipeline import (

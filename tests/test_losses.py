@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pet_pipeline import BalancedAdaptiveLoss
-from pet_pipeline.losses import (
+from pet_pipeline.training.losses import (
     PRESETS,
     TERMS,
     image_derivatives,

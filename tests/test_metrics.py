@@ -4,7 +4,6 @@ from conftest import random_model
 from support.oracles import EmpiricalDenoiser, GaussianDenoiser
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
-from pet_pipeline.data import ImageDataset
 from pet_pipeline.evaluation.metrics import (
     VALIDATION_SIGMAS,
     EfficientNetLite0Features,
@@ -16,6 +15,7 @@ from pet_pipeline.evaluation.metrics import (
     precision_recall,
     validation_loss,
 )
+from pet_pipeline.training.data import ImageDataset
 
 
 def test_levels_are_even_in_the_logarithm():

@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from pet_pipeline import BalancedAdaptiveLoss
-from pet_pipeline.losses import DenoiserWithLoss
-from pet_pipeline.optimization import (
+from pet_pipeline.training.losses import DenoiserWithLoss
+from pet_pipeline.training.optimization import (
     BatchedMuon,
     MuonAdamW,
     create_optimizer,

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from pet_pipeline import PetClassificationPipeline, PetDiffusionPipeline
-from pet_pipeline.data import ImageDataset
 from pet_pipeline.evaluation.classifier import BUNDLED_CLASSIFIER
 from pet_pipeline.evaluation.images import class_accuracy, load_classifier
 from pet_pipeline.evaluation.metrics import validation_loss
+from pet_pipeline.training.data import ImageDataset
 from pet_pipeline.visualization import MARGIN
 
 

@@ -18,23 +18,25 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
-from test_train_pet import TINY, arguments, train
-from training_process import (
+from support.training_process import (
+    TINY,
     Training,
+    arguments,
     assert_equal,
     checkpoint_content,
     is_equal,
     log_of_losses,
     spoiled_forward,
+    train,
     train_process,
 )
 
 import train_pet
 from pet_pipeline import BalancedAdaptiveLoss, PetDiffusionPipeline
-from pet_pipeline.checkpointing import find_checkpoint, list_checkpoints, save_pipeline
+from pet_pipeline.training.checkpointing import find_checkpoint, list_checkpoints, save_pipeline
 
 
-PREDICTABLE = str(Path(__file__).with_name("training_process.py"))
+PREDICTABLE = str(Path(__file__).parent / "support" / "training_process.py")
 
 # 12 steps of 2 micro-steps over 6 epochs (36 images, 4 batches each), everything random in use.
 RUN = {

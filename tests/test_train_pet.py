@@ -13,52 +13,22 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from conftest import random_model
 from PIL import Image
 from safetensors.torch import load_file
+from support.training_process import TINY, arguments, train
 
 import pet_pipeline.scheduling_adaptive_edm as train_pet_scheduler
 import train_pet
 from pet_pipeline import AdaptiveEDMScheduler, BalancedAdaptiveLoss, PetDiffusionPipeline
-from pet_pipeline.checkpointing import find_checkpoint, list_checkpoints
-from pet_pipeline.data import load_image_dataset, stratified_split, to_model_range
 from pet_pipeline.evaluation.metrics import validation_loss
-from pet_pipeline.optimization import learning_rate_factor
+from pet_pipeline.training.checkpointing import find_checkpoint, list_checkpoints
+from pet_pipeline.training.data import load_image_dataset, stratified_split, to_model_range
+from pet_pipeline.training.optimization import learning_rate_factor
 from pet_pipeline.transformer_pet import frequency_variances
 
 
 ROOT = Path(__file__).parent.parent
-TINY = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8, "decoder_channels": 8}
-
-
-def arguments(image_folder, output_dir, **options) -> list[str]:
-    options = {
-        "dataset_name": image_folder,
-        "cache_dir": output_dir.parent / "cache",
-        "output_dir": output_dir,
-        "resolution": 8,
-        "model_config": json.dumps(TINY),
-        "train_batch_size": 8,
-        "max_train_steps": 6,
-        "logging_steps": 1,
-        "preview_images": 2,
-        "preview_steps": 100,
-        "validation_steps": 3,
-        "checkpointing_steps": 3,
-        "mixed_precision": "no",
-        **options,
-    }
-    words = []
-    for name, value in options.items():
-        if value is None:
-            continue
-        words += (
-            [f"--{name}"]
-            if value is True
-            else [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
-        )
-    return words
 
 
 def launch(words: list[str]) -> subprocess.CompletedProcess:
@@ -70,12 +40,6 @@ def launch(words: list[str]) -> subprocess.CompletedProcess:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         timeout=240,
     )
-
-
-def train(image_folder, output_dir, **options) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    words = arguments(image_folder, output_dir, **options)
-    train_pet.main(train_pet.parse_args(words), train_pet.TrainingState())
 
 
 def metrics(output_dir) -> list[dict]:

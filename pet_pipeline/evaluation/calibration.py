@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..data import ImageDataset
 from ..pipeline_pet_classification import BAND_RANGE, NUM_BANDS, PetClassificationPipeline
+from ..training.data import ImageDataset
 
 
 @dataclass

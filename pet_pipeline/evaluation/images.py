@@ -13,9 +13,9 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data import to_model_range
 from ..sampling import generate
 from ..scheduling_adaptive_edm import AdaptiveEDMScheduler
+from ..training.data import to_model_range
 from ..visualization import array_image, image_grid
 from .classifier import BUNDLED_CLASSIFIER, PetClassifier
 from .metrics import (

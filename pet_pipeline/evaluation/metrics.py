@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data import ImageDataset, to_model_range
 from ..scheduling_adaptive_edm import AdaptiveEDMScheduler
+from ..training.data import ImageDataset, to_model_range
 
 
 # 16 levels, evenly spaced in ln σ from e^-4.5 (0.011) to e^3 (20).

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..data import ImageDataset, load_image_dataset, stratified_split
+from ..training.data import ImageDataset, load_image_dataset, stratified_split
 
 
 @dataclass

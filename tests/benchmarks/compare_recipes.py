@@ -19,7 +19,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from pet_pipeline.checkpointing import list_checkpoints
+from pet_pipeline.training.checkpointing import list_checkpoints
 
 
 BENCHMARKS = Path(__file__).parent

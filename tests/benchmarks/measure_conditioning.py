@@ -10,8 +10,8 @@ import argparse
 import torch
 
 from pet_pipeline import PetDiffusionPipeline
-from pet_pipeline.data import ImageDataset, load_image_dataset, stratified_split, to_model_range
 from pet_pipeline.evaluation.metrics import validation_loss
+from pet_pipeline.training.data import ImageDataset, load_image_dataset, stratified_split, to_model_range
 
 
 def main() -> None:

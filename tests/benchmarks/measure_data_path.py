@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from pet_pipeline.data import ImageDataset, random_horizontal_flip, to_model_range
+from pet_pipeline.training.data import ImageDataset, random_horizontal_flip, to_model_range
 
 
 def main() -> None:

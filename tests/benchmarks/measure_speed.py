@@ -24,7 +24,7 @@ from train_baseline import DiTBaseline, UNetBaseline, forward_flops
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, PetTransformer2DModel
 from pet_pipeline.evaluation.images import generate_images
-from pet_pipeline.optimization import BatchedMuon
+from pet_pipeline.training.optimization import BatchedMuon
 from pet_pipeline.transformer_pet import PetAttention
 
 

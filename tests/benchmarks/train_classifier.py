@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from pet_pipeline.data import (
+from pet_pipeline.evaluation.classifier import PetClassifier
+from pet_pipeline.training.data import (
     ImageDataset,
     load_image_dataset,
     random_horizontal_flip,
     stratified_split,
     to_model_range,
 )
-from pet_pipeline.evaluation.classifier import PetClassifier
 
 
 def random_crop_and_erase(images: torch.Tensor, padding: int = 4, hole: int = 8) -> torch.Tensor:

@@ -17,18 +17,60 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+import train_pet
 from pet_pipeline import AdaptiveEDMScheduler, BalancedAdaptiveLoss
 from pet_pipeline.scheduling_adaptive_edm import TrainingSigmas
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "train_pet.py"
+
+# A model that trains in milliseconds.
+TINY = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8, "decoder_channels": 8}
 
 # Every process is forked from one that has imported everything, which takes longer than the training.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["train_pet"])
+
+
+def arguments(image_folder: Path, output_dir: Path, **options: Any) -> list[str]:
+    """Returns the command line of a training of toy size; `None` leaves an option out, `True` is a flag."""
+    options = {
+        "dataset_name": image_folder,
+        "cache_dir": output_dir.parent / "cache",
+        "output_dir": output_dir,
+        "resolution": 8,
+        "model_config": json.dumps(TINY),
+        "train_batch_size": 8,
+        "max_train_steps": 6,
+        "logging_steps": 1,
+        "preview_images": 2,
+        "preview_steps": 100,
+        "validation_steps": 3,
+        "checkpointing_steps": 3,
+        "mixed_precision": "no",
+        **options,
+    }
+    words = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        words += (
+            [f"--{name}"]
+            if value is True
+            else [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+        )
+    return words
+
+
+def train(image_folder: Path, output_dir: Path, **options: Any) -> None:
+    """Runs a training in this process; the arguments are those of [`arguments`]."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    words = arguments(image_folder, output_dir, **options)
+    train_pet.main(train_pet.parse_args(words), train_pet.TrainingState())
 
 
 @dataclass
