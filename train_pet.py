@@ -54,7 +54,6 @@ from pet_pipeline.hub import (
     push_folder,
     render_model_card,
 )
-from pet_pipeline.pipeline_pet_diffusion import check_labels
 from pet_pipeline.pipeline_pet_loading import check_labels
 from pet_pipeline.training.checkpointing import (
     Interruption,
