@@ -532,7 +532,8 @@ def space_files(model_id: str, private: bool = False) -> dict[str, bytes]:
     package = Path(__file__).parent
     return {name: text.encode() for name, text in files.items()} | {
         f"pet_pipeline/{source.relative_to(package).as_posix()}": source.read_bytes()
-        for source in sorted(package.rglob("*.py"))
+        for source in sorted(package.rglob("*"))
+        if source.suffix in (".py", ".css")
     }
 
 

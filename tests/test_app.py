@@ -15,22 +15,24 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from browser import chromium
 from conftest import random_model
 from diffusers import ClassifierFreeGuidance, DDPMScheduler
 from PIL import Image
+from support.browser import chromium
 
+import pet_pipeline
 from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
 from pet_pipeline.__main__ import main
 from pet_pipeline.evaluation.reference import load_reference
-from pet_pipeline.pipeline_pet_diffusion import GUIDANCE_SCHEDULES
-from pet_pipeline.sampling import SCHEDULERS, image_settings
+from pet_pipeline.sampling import GUIDANCE_SCHEDULES, SCHEDULERS, SampleSettings, image_settings
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
 
 gradio = pytest.importorskip("gradio", reason="Gradio is not installed")
-app = pytest.importorskip("pet_pipeline.app")
+from pet_pipeline.app import gate, handlers, html, tasks  # noqa: E402
+from pet_pipeline.app.page import build_app  # noqa: E402
+from pet_pipeline.app.server import SPACE_PROXIES, serve  # noqa: E402
 
 
 def pixels(image: Image.Image) -> torch.Tensor:
@@ -50,10 +52,10 @@ def test_a_downloaded_image_can_be_made_again(pipeline, tmp_path):
     # With churn, which draws from the generators after the starting noise.
     pipeline.scheduler = AdaptiveEDMScheduler(solver="euler", s_churn=10.0)
     pipeline.save_pretrained(tmp_path / "model")
-    settings = app.Settings(4, 2.5, "constant", 0.5, negative_class="dog")
-    samples = app.sample(pipeline, ["cat"], 3, 5, settings)
+    settings = SampleSettings(4, 2.5, "constant", 0.5, negative_class="dog")
+    samples = tasks.sample(pipeline, ["cat"], 3, 5, settings)
     links = re.findall(
-        r'href="([^"]*)" download="([^"]*)"', app.samples_html(samples, app.model_settings(pipeline))
+        r'href="([^"]*)" download="([^"]*)"', html.samples_html(samples, html.model_settings(pipeline))
     )
     assert [name for _, name in links] == ["cat-5.png", "cat-6.png", "cat-7.png"]
     (tmp_path / "cat-6.png").write_bytes(decoded(links[1][0]))
@@ -70,25 +72,25 @@ def test_evaluations_are_counted_as_the_model_sees_them(pipeline, scheduler):
     pipeline.transformer.register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
     for schedule in GUIDANCE_SCHEDULES:
         seen.clear()
-        settings = app.Settings(6, 2.0, schedule, pag_scale=0.5, scheduler=scheduler)
+        settings = SampleSettings(6, 2.0, schedule, pag_scale=0.5, scheduler=scheduler)
         assert sum(seen) == 0
-        samples = app.sample(pipeline, ["cat", "dog"], 2, 0, settings)
+        samples = tasks.sample(pipeline, ["cat", "dog"], 2, 0, settings)
         assert samples.evaluations * 4 == sum(seen)
         assert samples.step == samples.num_steps
 
 
 def test_classes_without_a_name_go_by_their_id(pipeline):
     unnamed = PetDiffusionPipeline(pipeline.transformer, pipeline.scheduler, id2label={0: "cat"})
-    settings = app.Settings(3, negative_class="1")
-    samples = app.sample(unnamed, ["cat", "1"], 1, 0, settings)
-    expected = app.sample(pipeline, ["cat", "dog"], 1, 0, app.Settings(3, negative_class="dog"))
+    settings = SampleSettings(3, negative_class="1")
+    samples = tasks.sample(unnamed, ["cat", "1"], 1, 0, settings)
+    expected = tasks.sample(pipeline, ["cat", "dog"], 1, 0, SampleSettings(3, negative_class="dog"))
     assert samples.rows["1"][0].tobytes() == expected.rows["dog"][0].tobytes()
-    app.build_app(PetDiffusionPipeline(pipeline.transformer, pipeline.scheduler))
+    build_app(PetDiffusionPipeline(pipeline.transformer, pipeline.scheduler))
 
 
 def test_each_step_is_reported_and_the_last_one_is_the_image(pipeline):
     reports = []
-    samples = app.sample(pipeline, ["dog", "cat"], 2, 3, app.Settings(5), reports.append)
+    samples = tasks.sample(pipeline, ["dog", "cat"], 2, 3, SampleSettings(5), reports.append)
     assert [report.step for report in reports] == [1, 2, 3, 4, 5]
     assert list(samples.rows) == ["dog", "cat"] and len(samples.rows["cat"]) == 2
     for name, row in samples.rows.items():
@@ -99,10 +101,10 @@ def test_each_step_is_reported_and_the_last_one_is_the_image(pipeline):
 
 def test_requests_share_the_weights_and_nothing_else(pipeline):
     before = dict(vars(pipeline.scheduler))
-    alone = app.sample(pipeline, ["cat"], 1, 0, app.Settings(6))
-    steps = app.stream(lambda report: app.sample(pipeline, ["cat"], 1, 0, app.Settings(6), report))
+    alone = tasks.sample(pipeline, ["cat"], 1, 0, SampleSettings(6))
+    steps = tasks.stream(lambda report: tasks.sample(pipeline, ["cat"], 1, 0, SampleSettings(6), report))
     next(steps)
-    app.sample(pipeline, ["dog"], 1, 9, app.Settings(3, scheduler="heun"))  # in the middle of the other
+    tasks.sample(pipeline, ["dog"], 1, 9, SampleSettings(3, scheduler="heun"))  # in the middle of the other
     *_, between = steps
     assert between.rows["cat"][0].tobytes() == alone.rows["cat"][0].tobytes()
     assert vars(pipeline.scheduler).keys() == before.keys()
@@ -113,27 +115,37 @@ def test_requests_share_the_weights_and_nothing_else(pipeline):
     ("request_", "message"),
     [
         (([], 1, 0), "Choose at least one class"),
-        ((["cat", "dog"], 9, 0), "9 images of 2 classes are 18; this page makes up to 16"),
+        ((["cat", "dog"], 9, 0), "9 images of 2 classes are 18 images, but this page draws at most 16"),
         ((["cat"], None, 0), "from 1 to 16, but is None"),
         ((["cat"], 0, 0), "from 1 to 16"),
-        ((["cat"], 1, -1), "seed has to be from 0"),
-        ((["cat"], 1, None), "seed has to be from 0"),
+        ((["cat"], 1, -1), "seed must be from 0"),
+        ((["cat"], 1, None), "seed must be from 0"),
         ((["bird"], 1, 0), "no class 'bird'"),
+        (("cat", 1, 0), "Choose at least one class"),
+        (([["cat"]], 1, 0), "no class"),
+        ((["cat"], "1", 0), "from 1 to 16, but is '1'"),
+        ((["cat"], 1, math.nan), "seed must be from 0"),
     ],
 )
 def test_what_is_out_of_bounds_is_refused(pipeline, request_, message):
     with pytest.raises(ValueError, match=message):
-        app.sample(pipeline, *request_, app.Settings(1))
+        tasks.sample(pipeline, *request_, SampleSettings(1))
 
 
-def test_too_many_steps_are_refused():
-    with pytest.raises(ValueError, match="guidance scale has to be from 0 to 8, but is 9"):
-        app.Settings.from_inputs(18, 9, "adaptive", 0, app.NO_CLASS, app.AS_SAVED)
-    for steps in (0, 101, None):
-        with pytest.raises(ValueError, match="steps has to be from 1 to 100"):
-            app.Settings.from_inputs(steps, 2.5, "adaptive", 0, app.NO_CLASS, app.AS_SAVED)
-    settings = app.Settings.from_inputs(7, 2.5, "adaptive", 0.5, app.NO_CLASS, app.AS_SAVED)
-    assert settings == app.Settings(7, pag_scale=0.5)
+def test_values_of_inputs_become_settings_or_are_refused():
+    good = [7, 2.5, "adaptive", 0.5, "no class", "as saved"]
+    names = ["cat", "dog"]
+    settings = handlers.settings_from_inputs(good, names)
+    assert settings == SampleSettings(7, pag_scale=0.5)
+    assert handlers.settings_from_inputs([7.0, *good[1:4], "dog", "heun"], names) == SampleSettings(
+        7, pag_scale=0.5, negative_class="dog", scheduler="heun"
+    )
+    numbers = (None, "7", [7], math.nan, math.inf, -1, 101, 10**400)
+    texts = (None, 1, "x", ["adaptive"], {}, "bird")
+    for index, wrong in enumerate([numbers, numbers, texts, numbers, texts, texts]):
+        for value in wrong:
+            with pytest.raises(ValueError, match="must be from|has no choice"):
+                handlers.settings_from_inputs([*good[:index], value, *good[index + 1 :]], names)
 
 
 def test_work_that_nobody_waits_for_ends():
@@ -145,7 +157,7 @@ def test_work_that_nobody_waits_for_ends():
             steps.append(step)
             time.sleep(0.01)
 
-    running = app.stream(work)
+    running = tasks.stream(work)
     assert [next(running), next(running)] == [0, 1]
     running.close()
     time.sleep(0.05)
@@ -163,7 +175,7 @@ def test_who_cancels_does_not_wait_for_the_work():
         may_go_on.wait(10)
         report(2)
 
-    running = app.stream(work)
+    running = tasks.stream(work)
     assert next(running) == 1
     began = time.perf_counter()
     running.close()
@@ -174,8 +186,8 @@ def test_who_cancels_does_not_wait_for_the_work():
 def test_a_page_that_is_not_served_any_more_stops_its_work(pipeline):
     evaluations = []
     pipeline.transformer.register_forward_hook(lambda module, args, output: evaluations.append(None))
-    values = [["cat"], 1, 0, False, 100, 1.0, "constant", 0.0, app.NO_CLASS, app.AS_SAVED]
-    with app.serve(pipeline) as url:
+    values = [["cat"], 1, 0, False, 100, 1.0, "constant", 0.0, "no class", "as saved"]
+    with serve(pipeline) as url:
         pipeline.transformer.register_forward_hook(lambda module, args, output: time.sleep(0.05))
         evaluations.clear()
         join_queue(url, "generate", values, "session")
@@ -188,9 +200,11 @@ def test_a_page_that_is_not_served_any_more_stops_its_work(pipeline):
 
 
 def test_work_gives_its_result_or_its_error():
-    assert list(app.stream(lambda report: [report(1), report(2), 3][-1])) == [1, 2, 3]
+    assert list(tasks.stream(lambda report: [report(1), report(2), 3][-1])) == [1, 2, 3]
     with pytest.raises(ValueError, match="wrong"):
-        list(app.stream(lambda report: int("x") if report(1) else (_ for _ in ()).throw(ValueError("wrong"))))
+        list(
+            tasks.stream(lambda report: int("x") if report(1) else (_ for _ in ()).throw(ValueError("wrong")))
+        )
 
 
 # Classification
@@ -199,8 +213,8 @@ def test_work_gives_its_result_or_its_error():
 def test_classification_tells_how_far_it_is_and_can_be_ended(pipeline):
     classifier = PetClassificationPipeline.from_pipe(pipeline)
     image, reports = Image.effect_noise((8, 8), 50), []
-    output = app.classify(classifier, image, 32, 3, reports.append)
-    assert reports == list(range(0, output.num_evaluations[0], app.CLASSIFIER_BATCH))
+    output = tasks.classify(classifier, image, 32, 3, reports.append)
+    assert reports == list(range(0, output.num_evaluations[0], tasks.CLASSIFIER_BATCH))
     alone = classifier(
         image, num_evaluations=32, generator=torch.Generator().manual_seed(3), return_evidence=True
     )
@@ -208,7 +222,7 @@ def test_classification_tells_how_far_it_is_and_can_be_ended(pipeline):
     assert "pixel_errors" not in vars(classifier)
     evaluations = []
     pipeline.transformer.register_forward_hook(lambda *args: evaluations.append(time.sleep(0.05)))
-    running = app.stream(lambda report: app.classify(classifier, image, 256, 0, report))
+    running = tasks.stream(lambda report: tasks.classify(classifier, image, 256, 0, report))
     next(running)
     running.close()
     time.sleep(0.3)
@@ -221,20 +235,20 @@ def test_classification_tells_how_far_it_is_and_can_be_ended(pipeline):
 )
 def test_a_classification_that_is_out_of_bounds_is_refused(pipeline, request_, message):
     with pytest.raises(ValueError, match=message):
-        app.classify(PetClassificationPipeline.from_pipe(pipeline), Image.new("RGB", (8, 8)), *request_)
+        tasks.classify(PetClassificationPipeline.from_pipe(pipeline), Image.new("RGB", (8, 8)), *request_)
 
 
 def test_the_page_classifies_with_the_calibration_of_the_model(pipeline, monkeypatch):
-    made, from_pipe = [], app.PetClassificationPipeline.from_pipe
+    made, from_pipe = [], PetClassificationPipeline.from_pipe
 
     def make(pipeline):
         made.append(from_pipe(pipeline))
         return made[0]
 
-    monkeypatch.setattr(app.PetClassificationPipeline, "from_pipe", make)
+    monkeypatch.setattr(PetClassificationPipeline, "from_pipe", make)
     calibration = {"weights": [1.0] * 8}
     pipeline.register_to_config(calibration=calibration)
-    app.build_app(pipeline)
+    build_app(pipeline)
     assert made[0].config.calibration == calibration
 
 
@@ -250,7 +264,7 @@ def image_bytes(image: Image.Image, format: str) -> bytes:
 def test_an_upload_is_read_and_removed(tmp_path):
     path = tmp_path / "photo.jpg"
     path.write_bytes(image_bytes(Image.new("RGB", (40, 30), "red"), "JPEG"))
-    image = app.read_upload(path)
+    image = tasks.read_upload(path)
     assert image.size == (40, 30) and image.getpixel((0, 0))[0] > 200
     assert not path.exists()
 
@@ -273,28 +287,28 @@ def test_a_bad_upload_is_one_message_and_removed(tmp_path, content, message):
     path = tmp_path / "photo.png"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error_info:
-        app.read_upload(path)
+        tasks.read_upload(path)
     assert str(tmp_path) not in str(error_info.value) and "\n" not in str(error_info.value)
     assert not path.exists()
     with pytest.raises(ValueError, match="cannot be read as an image: No such file") as error_info:
-        app.read_upload(path)
+        tasks.read_upload(path)
     assert str(tmp_path) not in str(error_info.value)
 
 
 def test_a_chosen_image_stays_as_long_as_its_page(pipeline):
-    blocks = app.build_app(pipeline).blocks.values()
+    blocks = build_app(pipeline).blocks.values()
     assert [block.time_to_live for block in blocks if isinstance(block, gradio.State)] == [math.inf]
 
 
 def test_names_are_no_markup(model):
     name = '<b>"cat" ![](https://example.com)'
     pipeline = PetDiffusionPipeline(model, AdaptiveEDMScheduler(), id2label={0: name, 1: "dog"})
-    samples = app.sample(pipeline, [name], 1, 0, app.Settings(1))
-    for text in (app.samples_html(samples, {}), app.examples_html([(samples.rows[name][0], name)])):
+    samples = tasks.sample(pipeline, [name], 1, 0, SampleSettings(1))
+    for text in (html.samples_html(samples, {}), html.examples_html([(samples.rows[name][0], name)])):
         assert "<b>" not in text and "&lt;b&gt;&quot;cat&quot;" in text
     contents = [
         (component["type"], component["props"].get("value") or "")
-        for component in app.build_app(pipeline).config["components"]
+        for component in build_app(pipeline).config["components"]
     ]
     assert not [text for kind, text in contents if kind == "html" and "<b>" in text]
     # An image in Markdown is no HTML, and would be fetched.
@@ -303,11 +317,11 @@ def test_names_are_no_markup(model):
 
 
 def test_a_copy_of_a_training_image_is_told(pipeline):
-    samples = app.sample(pipeline, ["cat"], 2, 0, app.Settings(2))
+    samples = tasks.sample(pipeline, ["cat"], 2, 0, SampleSettings(2))
     known = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
-    assert "0 of the 2 samples count as copies" in app.neighbors_html(samples, known)
+    assert "0 of the 2 samples count as copies" in html.neighbors_html(samples, known)
     known[7] = pixels(samples.rows["cat"][1]).permute(2, 0, 1).flip(-1).byte()  # mirrored
-    text = app.neighbors_html(samples, known)
+    text = html.neighbors_html(samples, known)
     assert "1 of the 2 samples count as copies" in text and "1: 0.00" in text
     assert decoded(re.findall(r'src="([^"]*)" alt="training image 1 closest to cat, seed 1"', text)[0])
 
@@ -315,27 +329,29 @@ def test_a_copy_of_a_training_image_is_told(pipeline):
 @pytest.mark.parametrize(
     ("component", "message"),
     [
-        ({"scheduler": DDPMScheduler()}, "has to be one of EDM"),
+        ({"scheduler": DDPMScheduler()}, "must be one of EDM"),
         ({"guider": ClassifierFreeGuidance()}, "has a guider, ClassifierFreeGuidance"),
-        ({"pag_scale": 100.0}, "saved `pag_scale` has to be from 0 to 8, but is 100"),
+        ({"pag_scale": 100.0}, "saved `pag_scale` must be from 0 to 8, but is 100"),
     ],
 )
 def test_a_model_that_the_page_cannot_steer_is_refused(pipeline, component, message):
     variable = os.environ.get("GRADIO_TEMP_DIR")
     other = PetDiffusionPipeline(**{**pipeline.components, **component})
-    with pytest.raises(ValueError, match=message), app.serve(other):
+    with pytest.raises(ValueError, match=message), serve(other):
         pass
     assert os.environ.get("GRADIO_TEMP_DIR") == variable
 
 
 def test_the_command_tells_what_is_wrong(pipeline, tmp_path, capsys, monkeypatch):
     pipeline.save_pretrained(tmp_path / "model")
-    with app.serve(pipeline) as url:
+    with serve(pipeline) as url:
         port = re.search(r":(\d+)/", url)[1]
         assert main(["app", "--model", str(tmp_path / "model"), "--port", port]) == 1
     error = capsys.readouterr().err
     assert "port" in error and error.count("\n") == 1
-    monkeypatch.delitem(sys.modules, "pet_pipeline.app")
+    monkeypatch.setattr(pet_pipeline, "app", pet_pipeline.app)  # which the import below replaces
+    for name in [name for name in sys.modules if name.startswith("pet_pipeline.app")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["app", "--model", str(tmp_path / "model")]) == 1
     assert 'pip install "pet-pipeline[app]"' in capsys.readouterr().err
@@ -344,7 +360,7 @@ def test_the_command_tells_what_is_wrong(pipeline, tmp_path, capsys, monkeypatch
 # Without a browser
 
 
-SETTINGS = [2.5, "adaptive", 0.0, app.NO_CLASS, app.AS_SAVED]
+SETTINGS = [2.5, "adaptive", 0.0, "no class", "as saved"]
 HEAVY = [["cat"], 1, 0, False, 100, *SETTINGS]
 
 
@@ -368,9 +384,9 @@ def upload(url: str, content: bytes, name: str = "cat.png", **kwargs) -> httpx.R
 
 
 def test_only_so_many_wait(pipeline, monkeypatch):
-    monkeypatch.setattr(app, "MAX_QUEUE", 3)
+    monkeypatch.setattr("pet_pipeline.app.server.MAX_QUEUE", 3)
     pipeline.transformer.register_forward_hook(lambda module, args, output: time.sleep(0.05))
-    with app.serve(pipeline) as url:
+    with serve(pipeline) as url:
         answers = [
             join_queue(url, "generate", HEAVY, f"session-{index}", address=f"203.0.113.{index}")
             for index in range(6)
@@ -382,7 +398,7 @@ def test_only_so_many_wait(pipeline, monkeypatch):
 @pytest.mark.parametrize("address", ["203.0.113.{}", "2001:db8:0:{}::1"])
 def test_a_visitor_has_a_limited_number_of_jobs(pipeline, address):
     pipeline.transformer.register_forward_hook(lambda module, args, output: time.sleep(0.05))
-    with app.serve(pipeline) as url:
+    with serve(pipeline) as url:
         # Each job comes with another session, as sessions are invented by the visitor.
         answers = [
             join_queue(url, "generate", HEAVY, f"session-{index}", address=address.format(1))
@@ -403,14 +419,14 @@ def test_the_visitors_of_one_ipv6_network_count_as_one():
         "::ffff:1.2.3.5",
         "x",
     )
-    visitors = [app.visitor_address({"client": (address, 1)}) for address in addresses]
+    visitors = [gate.visitor_address({"client": (address, 1)}) for address in addresses]
     assert visitors[0] == visitors[1] and len(set(visitors)) == 5
 
 
 def test_jobs_to_which_nobody_listens_are_dropped(pipeline, monkeypatch):
-    monkeypatch.setattr(app, "LISTEN_SECONDS", 0.5)
+    monkeypatch.setattr("pet_pipeline.app.gate.LISTEN_SECONDS", 0.5)
     pipeline.transformer.register_forward_hook(lambda module, args, output: time.sleep(0.02))
-    with app.serve(pipeline) as url:
+    with serve(pipeline) as url:
         for index in range(4):
             assert join_queue(url, "generate", HEAVY, f"session-{index}").status_code == 200
         time.sleep(1.0)  # all four would take 8 s
@@ -427,7 +443,7 @@ def test_only_uploads_are_read_and_removed(pipeline, tmp_path, capfd):
     path = tmp_path / "private.png"
     Image.new("RGB", (8, 8)).save(path)
     file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
-    with app.serve(pipeline) as url:
+    with serve(pipeline) as url:
         join_queue(url, "take_upload", [file], "session")
         answer = httpx.get(url + "gradio_api/queue/data?session_hash=session", timeout=20).text
         assert httpx.get(f"{url}gradio_api/file={path}").status_code == 404
@@ -438,7 +454,7 @@ def test_only_uploads_are_read_and_removed(pipeline, tmp_path, capfd):
 def test_no_address_is_fetched(pipeline, capfd):
     download = gradio.processing_utils.async_ssrf_protected_download
     file = {"path": "https://example.com/large.png", "meta": {"_type": "gradio.FileData"}}
-    with app.serve(pipeline) as url:
+    with serve(pipeline) as url:
         join_queue(url, "take_upload", [file], "session")
         answer = httpx.get(url + "gradio_api/queue/data?session_hash=session", timeout=20).text
     assert "fetches nothing from elsewhere" in answer
@@ -447,9 +463,9 @@ def test_no_address_is_fetched(pipeline, capfd):
 
 
 def test_a_cancel_in_the_first_step_ends_the_work(pipeline):
-    values = [["cat"], 1, 0, False, 100, 1.0, "constant", 0.0, app.NO_CLASS, app.AS_SAVED]
+    values = [["cat"], 1, 0, False, 100, 1.0, "constant", 0.0, "no class", "as saved"]
     evaluations = []
-    with app.serve(pipeline) as url:
+    with serve(pipeline) as url:
         pipeline.transformer.register_forward_hook(lambda *args: (evaluations.append(None), time.sleep(1)))
         answer = join_queue(url, "generate", values, "session")
         body = {"session_hash": "session", "event_id": answer.json()["event_id"]}
@@ -483,8 +499,8 @@ def test_the_model_serves_one_request_at_a_time(pipeline):
         nonlocal running
         running -= 1
 
-    settings = [4, 1.0, "constant", 0.0, app.NO_CLASS, app.AS_SAVED]
-    with app.serve(pipeline) as url:
+    settings = [4, 1.0, "constant", 0.0, "no class", "as saved"]
+    with serve(pipeline) as url:
         pipeline.transformer.register_forward_pre_hook(enter)
         pipeline.transformer.register_forward_hook(leave)
         join_queue(url, "generate", [["cat"], 1, 0, False, *settings], "first")
@@ -496,21 +512,21 @@ def test_the_model_serves_one_request_at_a_time(pipeline):
 
 @pytest.mark.parametrize("steps", [None, 1000])
 def test_an_emptied_field_leaves_nothing_in_the_log(pipeline, capfd, steps):
-    with app.serve(pipeline) as url:
+    with serve(pipeline) as url:
         join_queue(url, "draw_guidance", [steps, *SETTINGS], "session")
-        assert "steps has to be from 1 to 100" in listen(url, "session")
+        assert "Steps must be from 1 to 100" in listen(url, "session")
     assert "Traceback" not in capfd.readouterr().err
 
 
 def test_the_plot_of_the_guidance_waits_in_the_queue_and_is_drawn_once(pipeline, monkeypatch):
-    drawn, draw = [], app.guidance_figure
+    drawn, draw = [], handlers.guidance_figure
 
     def guidance_figure(*args):
         drawn.append(args)
         return draw(*args)
 
-    monkeypatch.setattr(app, "guidance_figure", guidance_figure)
-    with app.serve(pipeline) as url:
+    monkeypatch.setattr("pet_pipeline.app.handlers.guidance_figure", guidance_figure)
+    with serve(pipeline) as url:
         drawn.clear()
         values = [7, *SETTINGS]
         answer = httpx.post(url + "gradio_api/run/draw_guidance", json={"data": values})
@@ -525,7 +541,7 @@ def test_the_plot_of_the_guidance_waits_in_the_queue_and_is_drawn_once(pipeline,
     "event", [{"index": -1}, {"index": 8}, {"index": "0"}, {"index": None}, {"index": 0.5}, {}, None, [0]]
 )
 def test_a_forged_example_is_refused(pipeline, capfd, event):
-    with app.serve(pipeline) as url:
+    with serve(pipeline) as url:
         join_queue(url, "take_example", [], "session", event)
         answer = listen(url, "session")
         join_queue(url, "take_example", [], "session", {"index": 1})
@@ -536,7 +552,7 @@ def test_a_forged_example_is_refused(pipeline, capfd, event):
 
 def test_uploads_that_are_not_read_are_bounded(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with app.serve(pipeline) as url:
+    with serve(pipeline) as url:
         paths = [Path(upload(url, bytes([index]) * 1000).json()[0]) for index in range(20)]
         # The newest ones are kept, of which one visitor's file is read at once.
         assert [path.exists() for path in paths] == [False] * 12 + [True] * 8
@@ -546,8 +562,8 @@ def test_uploads_that_are_not_read_are_bounded(pipeline, tmp_path, monkeypatch):
 
 
 def test_an_upload_that_is_not_read_is_removed_after_a_while(pipeline, monkeypatch):
-    monkeypatch.setattr(app, "UPLOAD_SECONDS", 0.5)
-    with app.serve(pipeline) as url:
+    monkeypatch.setattr("pet_pipeline.app.gate.UPLOAD_SECONDS", 0.5)
+    with serve(pipeline) as url:
         path = Path(upload(url, b"content").json()[0])
         assert path.read_bytes() == b"content"
         time.sleep(1)
@@ -572,7 +588,7 @@ PART = b'--x\r\nContent-Disposition: form-data; name="%s"; filename="a.png"\r\n\
 )
 def test_a_forged_upload_is_refused_and_leaves_nothing(pipeline, tmp_path, monkeypatch, capfd, body, status):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with app.serve(pipeline) as url:
+    with serve(pipeline) as url:
         answer = httpx.post(url + "gradio_api/upload", content=body, headers=MULTIPART, timeout=20)
         assert answer.status_code == status
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -591,7 +607,7 @@ def open_upload(url: str, num_bytes: int = 1000) -> socket.socket:
 
 def test_half_uploads_are_few_and_end(pipeline, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with app.serve(pipeline) as url:
+    with serve(pipeline) as url:
         half = [open_upload(url) for _ in range(2)]
         time.sleep(0.5)
         assert upload(url, b"content").status_code == 429
@@ -600,11 +616,11 @@ def test_half_uploads_are_few_and_end(pipeline, tmp_path, monkeypatch, capfd):
             connection.close()
         time.sleep(0.5)
         assert upload(url, b"content").status_code == 200
-        monkeypatch.setattr(app, "UPLOAD_SECONDS", 0.5)
+        monkeypatch.setattr("pet_pipeline.app.gate.UPLOAD_SECONDS", 0.5)
         with open_upload(url) as connection:
             connection.settimeout(10)
             assert b" 408 " in connection.recv(1000)
-        monkeypatch.setattr(app, "MAX_UPLOADS", 0)
+        monkeypatch.setattr("pet_pipeline.app.gate.MAX_UPLOADS", 0)
         assert upload(url, b"content").status_code == 429
         assert len([path for path in tmp_path.rglob("*") if path.is_file()]) <= 1
     assert "Traceback" not in capfd.readouterr().err
@@ -612,7 +628,7 @@ def test_half_uploads_are_few_and_end(pipeline, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize(("name", "stored"), [("../../x.png", "x.png"), ("..", "image"), ("/", "file")])
 def test_the_name_of_an_upload_stays_in_its_folder(pipeline, name, stored):
-    with app.serve(pipeline) as url:
+    with serve(pipeline) as url:
         path = Path(upload(url, b"content", name).json()[0])
         assert path.name == stored and path.parent.parent == Path(os.environ["GRADIO_TEMP_DIR"])
 
@@ -629,13 +645,13 @@ def test_the_name_of_an_upload_stays_in_its_folder(pipeline, name, stored):
     ],
 )
 def test_what_the_page_does_not_use_is_closed(pipeline, route):
-    with app.serve(pipeline) as url:
+    with serve(pipeline) as url:
         assert httpx.get(f"{url}gradio_api/{route}").status_code == 404
         assert httpx.post(f"{url}gradio_api/{route}", json={"data": []}).status_code == 404
 
 
 def test_a_large_request_is_refused(pipeline):
-    with app.serve(pipeline) as url:
+    with serve(pipeline) as url:
         answer = join_queue(url, "generate", [["x" * 2**20], *HEAVY[1:]], "session")
     assert answer.status_code == 413
 
@@ -646,8 +662,8 @@ def test_a_space_trusts_its_proxies(pipeline, monkeypatch, before):
     monkeypatch.delenv("FORWARDED_ALLOW_IPS", raising=False)
     if before is not None:
         monkeypatch.setenv("FORWARDED_ALLOW_IPS", before)
-    with app.serve(pipeline):
-        assert os.environ["FORWARDED_ALLOW_IPS"] == (before or app.SPACE_PROXIES)
+    with serve(pipeline):
+        assert os.environ["FORWARDED_ALLOW_IPS"] == (before or SPACE_PROXIES)
     assert os.environ.get("FORWARDED_ALLOW_IPS") == before
 
 
@@ -705,7 +721,7 @@ def running(browser, tmp_path_factory, image_folder):
     sys.addaudithook(audit)  # for the rest of the process
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(tempfile, "tempdir", str(folder / "temporary"))
-        with app.serve(server.pipeline, server.reference) as server.url:
+        with serve(server.pipeline, server.reference) as server.url:
             yield server
         active = False
         # Nothing stays on disk, and nothing has left this machine.
@@ -770,7 +786,7 @@ def test_generate_in_the_page(server, open_page, tmp_path):
     link.wait_for()
     assert page.get_by_role("link", name="Download").count() == 2
     assert "2 images in" in page.get_by_role("status").first.inner_text()
-    expected = app.sample(server.pipeline, ["cat"], 2, 5, app.Settings(6))
+    expected = tasks.sample(server.pipeline, ["cat"], 2, 5, SampleSettings(6))
     assert f"{expected.evaluations} evaluations" in page.get_by_role("status").first.inner_text()
     with page.expect_download() as download:
         link.click()
@@ -846,16 +862,16 @@ def test_compare_in_the_page(server, open_page):
     fix_seed(page, 3)
     set_number(page, "number input for Images of each class", 1)
     page.get_by_role("button", name="Compare A and B").click()
-    page.get_by_text(re.compile("The same seeds, from 3 on")).wait_for()
+    page.get_by_text(re.compile("All use the same seeds, from 3 on")).wait_for()
     links = page.get_by_role("link", name="Download cat-3.png")
     contents = [decoded(link.get_attribute("href")) for link in links.all()]
     for content, scale in zip(contents, (1.0, 3.0), strict=True):
-        expected = app.sample(server.pipeline, ["cat"], 1, 3, app.Settings(guidance_scale=scale))
+        expected = tasks.sample(server.pipeline, ["cat"], 1, 3, SampleSettings(guidance_scale=scale))
         with Image.open(io.BytesIO(content)) as image:
             assert (pixels(image) - pixels(expected.rows["cat"][0])).abs().max() <= 1
     page.get_by_role("button", name="Compare 5, 10, 20 and 40 steps").click()
     page.get_by_role("heading", name="40 steps").wait_for()
-    page.get_by_text(re.compile("40 steps, guidance 1 .* 40 evaluations")).wait_for()
+    page.get_by_text(re.compile("steps 40, guidance scale 1.* 40 evaluations")).wait_for()
     assert page.get_by_role("link", name="Download dog-3.png").count() == 4
 
 
@@ -940,7 +956,7 @@ def test_two_clients_at_once(server, open_page):
         page.get_by_role("button", name="Generate").click()
     for seed, page in enumerate(pages):
         link = page.get_by_role("link", name=f"Download dog-{10 * seed}.png")
-        expected = app.sample(server.pipeline, ["dog"], 1, 10 * seed, app.Settings())
+        expected = tasks.sample(server.pipeline, ["dog"], 1, 10 * seed, SampleSettings())
         with Image.open(io.BytesIO(decoded(link.get_attribute("href")))) as image:
             assert (pixels(image) - pixels(expected.rows["dog"][0])).abs().max() <= 1
 

@@ -20,7 +20,7 @@ from pet_pipeline.evaluation.reference import load_reference
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from browser import chromium  # noqa: E402
+from support.browser import chromium  # noqa: E402
 
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def main() -> None:
         page.get_by_role("tab", name="Compare").click()
         page.get_by_label("Draw a new seed each time").locator("visible=true").uncheck()
         page.get_by_role("button", name="Compare 5, 10, 20 and 40 steps").click()
-        page.get_by_text(re.compile("The same seeds")).wait_for()
+        page.get_by_text(re.compile("the same seeds")).wait_for()
         save_screenshot(page, "app-compare")
 
         page.get_by_role("tab", name="Classify").click()

@@ -1,0 +1,113 @@
+"""Serving the page."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+from gradio import processing_utils
+from starlette.middleware import Middleware
+
+from ..pipeline_pet_diffusion import PetDiffusionPipeline
+from .gate import MAX_UPLOAD_BYTES, Gate
+from .page import build_app
+
+
+if TYPE_CHECKING:
+    from ..evaluation.reference import Reference
+
+MAX_QUEUE = 16
+MAX_SESSIONS = 1000
+STYLE = Path(__file__).parent / "style.css"
+# A Space is reached only through proxies in private networks, which tell the address of the visitor.
+SPACE_PROXIES = "127.0.0.1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16"
+
+
+async def refuse_download(url: str, **kwargs: Any) -> str:
+    """Stands in for the function of Gradio that fetches `url` for a request."""
+    raise gr.Error("This page fetches nothing from elsewhere.", print_exception=False)
+
+
+def restore_variable(name: str, value: str | None) -> None:
+    """Gives an environment variable the value that it had before; `None` removes it."""
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+@contextmanager
+def serve(
+    pipeline: PetDiffusionPipeline,
+    reference: "Reference | None" = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    share: bool = False,
+) -> Iterator[str]:
+    """Serves the page while the context is open, and yields its address. No file stays on disk afterwards.
+
+    Visitors behind a proxy are told apart if the environment variable `FORWARDED_ALLOW_IPS` names the
+    addresses of the proxy. On a Space, this function sets the variable.
+
+    Args:
+        pipeline ([`PetDiffusionPipeline`]): the model.
+        reference ([`Reference`], *optional*): the data set that the model was trained on, see [`build_app`].
+        host (`str`, defaults to `"127.0.0.1"`): address to listen on; other machines see the page if it is
+            `"0.0.0.0"`.
+        port (`int`, *optional*): port to listen on; the default is the first free one from 7860 on.
+        share (`bool`, defaults to `False`): whether to get a public address through the servers of Gradio.
+
+    Raises:
+        OSError: if the port is taken.
+        ValueError: see [`build_app`].
+    """
+    with TemporaryDirectory(prefix="pet-pipeline-") as folder, ExitStack() as restored:
+        variables = {"GRADIO_TEMP_DIR": folder}
+        if "SPACE_ID" in os.environ:
+            variables["FORWARDED_ALLOW_IPS"] = os.environ.get("FORWARDED_ALLOW_IPS", SPACE_PROXIES)
+        for name in variables:
+            restored.callback(restore_variable, name, os.environ.get(name))
+        os.environ.update(variables)
+        # Without this, Gradio would fetch any address that a visitor sends instead of a file.
+        download = processing_utils.async_ssrf_protected_download
+        restored.callback(setattr, processing_utils, "async_ssrf_protected_download", download)
+        processing_utils.async_ssrf_protected_download = refuse_download
+        closed = threading.Event()
+        page = build_app(pipeline, reference, closed).queue(max_size=MAX_QUEUE, api_open=False)
+        try:
+            _, url, _ = page.launch(
+                server_name=host,
+                server_port=port,
+                share=share,
+                app_kwargs={"middleware": [Middleware(Gate, page=page, folder=Path(folder))]},
+                state_session_capacity=MAX_SESSIONS,
+                max_file_size=MAX_UPLOAD_BYTES,
+                theme=gr.themes.Default(
+                    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+                ),
+                css_paths=STYLE,
+                footer_links=[],
+                run_history=False,
+                enable_monitoring=False,
+                ssr_mode=False,
+                inbrowser=False,
+                prevent_thread_lock=True,
+                quiet=True,
+            )
+            yield url
+        finally:
+            closed.set()
+            page.close(verbose=False)
+
+
+def launch(*args: Any, **kwargs: Any) -> None:
+    """Serves the page until the process is interrupted or terminated; see [`serve`]."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder of uploads is removed
+    with serve(*args, **kwargs) as url:
+        print(f"The page is at {url} (Ctrl-C ends it).", flush=True)
+        threading.Event().wait()

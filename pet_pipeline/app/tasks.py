@@ -1,0 +1,293 @@
+"""What the model does for the page: drawing and classifying images in a thread that can be cancelled."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from ..pipeline_pet_classification import MAX_IMAGE_PIXELS, PetClassificationOutput, PetClassificationPipeline
+from ..pipeline_pet_diffusion import GUIDANCE_INTERVAL, PetDiffusionPipeline, guidance_weight
+from ..sampling import SampleSettings, image_generators, scheduler_by_name
+from ..visualization import DenoisingRecorder, array_image
+
+
+if TYPE_CHECKING:
+    from ..evaluation.reference import Reference
+
+# What one request may ask for.
+MAX_IMAGES = 16
+MAX_EVALUATIONS = 256
+MAX_SEED = 2**32 - 1
+UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+# A classification can be cancelled between two batches.
+CLASSIFIER_BATCH = 16
+NUM_EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images of a sampling, or the model's predictions of them at one of its steps.
+
+    Args:
+        rows (`dict[str, list[Image.Image]]`): the images of each class.
+        seed (`int`): seed of the first image of each class; the seeds of the next images count up.
+        settings ([`SampleSettings`]): the settings of the sampling.
+        step (`int`): number of steps that are done.
+        num_steps (`int`): number of steps of the sampling.
+        seconds (`float`, defaults to 0.0): time that the whole sampling took.
+        evaluations (`int`, defaults to 0): evaluations of the model for each image.
+        strip (`Image.Image`, *optional*): the first image of each class at every step; only the finished
+            images have it.
+    """
+
+    rows: dict[str, list[Image.Image]]
+    seed: int
+    settings: SampleSettings
+    step: int
+    num_steps: int
+    seconds: float = 0.0
+    evaluations: int = 0
+    strip: Image.Image | None = None
+
+
+class Cancelled(Exception):
+    """Raised in work whose result nobody waits for."""
+
+
+def stream(
+    work: Callable[[Callable[[Any], None]], Any], closed: threading.Event | None = None
+) -> Iterator[Any]:
+    """Runs `work` in a thread, and yields first what it reports and then what it returns.
+
+    Closing the iterator ends the work: its next report raises [`Cancelled`]. Closing does not wait for the
+    work, because Gradio closes iterators in its event loop. The thread belongs to an executor because Python
+    waits for such threads when it exits, but does not wait for Gradio's own threads.
+
+    Args:
+        work (callable): takes one argument, the function `report`, and calls it with anything.
+        closed (`threading.Event`, *optional*): ends the work in the same way when it is set.
+    """
+    reports: queue.SimpleQueue = queue.SimpleQueue()
+    cancelled, end = threading.Event(), object()
+
+    def report(item: Any) -> None:
+        if cancelled.is_set() or (closed is not None and closed.is_set()):
+            raise Cancelled
+        reports.put(item)
+
+    executor = ThreadPoolExecutor(1)
+    try:
+        future = executor.submit(work, report)
+        future.add_done_callback(lambda _: reports.put(end))
+        yield from iter(reports.get, end)
+        yield future.result()
+    finally:
+        cancelled.set()
+        executor.shutdown(wait=False)
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raises `ValueError` if `value` is not a number in [`low`, `high`]."""
+    if not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, but is {value!r}.")
+
+
+# Drawing
+
+
+def guidance_weights(scheduler: Any, settings: SampleSettings) -> tuple[list[float], list[float]]:
+    """Returns the noise level σ and the guidance weight of each step of a sampling."""
+    scheduler.set_timesteps(settings.steps)
+    num_steps = len(scheduler.timesteps)
+    sigmas = scheduler.sigmas[:num_steps].tolist()
+    weights = [
+        guidance_weight(sigma, settings.guidance_scale, settings.guidance_schedule) for sigma in sigmas
+    ]
+    return sigmas, weights
+
+
+def num_evaluations(sigmas: list[float], weights: list[float], pag_scale: float) -> int:
+    """Returns how often the model is evaluated for one image: each guidance of a step adds one evaluation."""
+    low, high = GUIDANCE_INTERVAL
+    perturbed = sum(pag_scale != 0 and low <= sigma <= high for sigma in sigmas)
+    return len(weights) + sum(weight != 1 for weight in weights) + perturbed
+
+
+def check_request(pipeline: PetDiffusionPipeline, names: Any, number: Any, seed: Any) -> None:
+    """Raises `ValueError` if the page cannot draw `number` images of the classes `names` from `seed` on."""
+    if not names or not isinstance(names, list):
+        raise ValueError("Choose at least one class.")
+    known = pipeline.class_names
+    for name in names:
+        if name not in known:
+            raise ValueError(f"There is no class {name!r}; the classes are {', '.join(known)}.")
+    check_number("The number of images of each class", number, 1, MAX_IMAGES)
+    if int(number) * len(names) > MAX_IMAGES:
+        raise ValueError(
+            f"{int(number)} images of {len(names)} classes are {int(number) * len(names)} images, but this "
+            f"page draws at most {MAX_IMAGES} at once."
+        )
+    check_number("The seed", seed, 0, MAX_SEED)
+
+
+def sample(
+    pipeline: PetDiffusionPipeline,
+    names: list[str],
+    number: int,
+    seed: int,
+    settings: SampleSettings,
+    report: Callable[[Samples], None] = lambda samples: None,
+) -> Samples:
+    """Draws the same images as `pet-pipeline generate` draws with these settings.
+
+    Args:
+        pipeline ([`PetDiffusionPipeline`]): the pipeline that gives the weights; it is not changed.
+        names (`list[str]`): names of the classes.
+        number (`int`): number of images of each class. All classes start from the same noise.
+        seed (`int`): seed of the first image of each class; the seeds of the next images count up.
+        settings ([`SampleSettings`]): settings of the sampling.
+        report (callable, *optional*): function that is called with [`Samples`] after each step.
+
+    Raises:
+        ValueError: if a class does not exist, or the request is larger than the page allows.
+    """
+    check_request(pipeline, names, number, seed)
+    number, seed = int(number), int(seed)
+    if settings.pag_scale is None:
+        settings = replace(settings, pag_scale=pipeline.config.pag_scale)
+    began = time.perf_counter()
+    # Requests share the weights, but each needs its own scheduler, which keeps the state of a sampling.
+    scheduler = scheduler_by_name(settings.scheduler, pipeline.scheduler)
+    sigmas, weights = guidance_weights(scheduler, settings)
+    # A class without a name is called by its id on the page.
+    id2label = dict(enumerate(pipeline.class_names))
+    pipe = PetDiffusionPipeline(pipeline.transformer, scheduler, id2label=id2label)
+    pipe.set_progress_bar_config(disable=True)
+    config = pipe.transformer.config
+    generators = [generator for _ in names for generator in image_generators(number, seed)]
+    shape = (len(generators), config.in_channels, config.sample_size, config.sample_size)
+    noise = randn_tensor(shape, generator=generators)
+    recorder = DenoisingRecorder(noise)
+
+    def samples(images: list[Image.Image], **kwargs: Any) -> Samples:
+        rows = {name: images[row * number : (row + 1) * number] for row, name in enumerate(names)}
+        return Samples(rows, seed, settings, len(recorder.sigmas), len(weights), **kwargs)
+
+    def record(pipe: PetDiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        recorder(pipe, step, timestep, tensors)
+        report(samples(pipe.image_processor.postprocess(recorder.denoised[-1], output_type="pil")))
+        return {}
+
+    images = pipe(
+        names,
+        **settings.call_arguments(pipe),
+        num_images_per_prompt=number,
+        generator=generators,
+        latents=noise,
+        callback_on_step_end=record,
+        callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
+    ).images
+    return samples(
+        images,
+        seconds=time.perf_counter() - began,
+        evaluations=num_evaluations(sigmas, weights, settings.pag_scale),
+        strip=recorder.strip(pipe, range(0, len(images), number), names, scale=1),
+    )
+
+
+# Classifying
+
+
+def read_upload(path: Path) -> Image.Image:
+    """Reads an uploaded image of a common format and a reasonable size, and removes the file.
+
+    Raises:
+        ValueError: if the file is something else; the message does not tell where the file was.
+    """
+    try:
+        with Image.open(path, formats=UPLOAD_FORMATS) as image:
+            is_small = image.width * image.height <= MAX_IMAGE_PIXELS
+            if is_small:
+                image.load()
+    except (Image.UnidentifiedImageError, Image.DecompressionBombError):
+        raise ValueError(f"{path.name!r} is not an image in {', '.join(UPLOAD_FORMATS)} format.") from None
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all of them for damaged files
+        reason = getattr(error, "strerror", None) or error  # the text of an `OSError` would tell the path
+        raise ValueError(f"{path.name!r} cannot be read as an image: {reason}") from None
+    finally:
+        path.unlink(missing_ok=True)
+    if not is_small:
+        raise ValueError(
+            f"{path.name!r} has {image.width}×{image.height} pixels, but this page takes images of at most "
+            f"{MAX_IMAGE_PIXELS // 10**6} million pixels."
+        )
+    return image
+
+
+def classify(
+    classifier: PetClassificationPipeline,
+    image: Image.Image,
+    num_evaluations: int,
+    seed: int,
+    report: Callable[[int], None] = lambda evaluations: None,
+) -> PetClassificationOutput:
+    """Classifies an image, with evidence.
+
+    Args:
+        classifier ([`PetClassificationPipeline`]): the classifier; it is not changed.
+        image (`Image.Image`): the image.
+        num_evaluations (`int`): number of evaluations for each class, an even number.
+        seed (`int`): seed of the noise.
+        report (callable, *optional*): function that is called before each batch with the number of
+            evaluations that are done.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+    check_number("The number of evaluations for each class", num_evaluations, 2, MAX_EVALUATIONS)
+    check_number("The seed", seed, 0, MAX_SEED)
+    evaluations = 0
+
+    def pixel_errors(*args: torch.Tensor) -> torch.Tensor:
+        nonlocal evaluations
+        report(evaluations)
+        evaluations += 2 * len(args[-1])  # with +ε and with -ε
+        return classifier.pixel_errors(*args)
+
+    reporting = copy(classifier)
+    reporting.pixel_errors = pixel_errors
+    return reporting(
+        image,
+        num_evaluations=int(num_evaluations),
+        batch_size=CLASSIFIER_BATCH,
+        generator=torch.Generator().manual_seed(int(seed)),
+        return_evidence=True,
+    )
+
+
+def example_images(
+    pipeline: PetDiffusionPipeline, reference: "Reference | None" = None
+) -> list[tuple[Image.Image, str]]:
+    """Returns captioned images to classify: unseen images of the data set, or else images of the model."""
+    names = pipeline.class_names
+    if reference is None:
+        number = max(1, NUM_EXAMPLES // len(names))
+        # A few steps are enough here, and the page waits for them.
+        drawn = sample(pipeline, names[:NUM_EXAMPLES], number, 0, SampleSettings(steps=8)).rows
+        return [(image, f"drawn as {name}") for name, row in drawn.items() for image in row]
+    from ..evaluation.reference import balanced_subset
+
+    unseen = balanced_subset(reference.validation, NUM_EXAMPLES)
+    return [
+        (array_image(image), f"unseen {names[label]}") for image, label in zip(unseen.images, unseen.labels)
+    ]
