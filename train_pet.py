@@ -47,14 +47,10 @@ from pet_pipeline import (
 )
 from pet_pipeline.commands.options import HelpFormatter
 from pet_pipeline.evaluation.metrics import validation_loss
-from pet_pipeline.hub import (
-    EVALUATION_FILES,
-    TrainingReport,
-    create_repository,
-    push_folder,
-    render_model_card,
-)
 from pet_pipeline.pipeline_pet_loading import check_labels
+from pet_pipeline.publishing.card import TrainingReport, render_model_card
+from pet_pipeline.publishing.client import create_repository
+from pet_pipeline.publishing.push import EVALUATION_FILES, push_folder
 from pet_pipeline.training.checkpointing import (
     Interruption,
     checkpoint_path,

@@ -81,8 +81,12 @@ def workspace(pipeline, image_folder, tmp_path, monkeypatch):
 def pushed(workspace, monkeypatch):
     """What the snippets push, instead of pushing it."""
     names = []
-    monkeypatch.setattr("pet_pipeline.hub.push_folder", lambda folder, *args, **kwargs: names.append(folder))
-    monkeypatch.setattr("pet_pipeline.hub.push_space", lambda name, *args: names.append(f"spaces/{name}"))
+    monkeypatch.setattr(
+        "pet_pipeline.publishing.push.push_folder", lambda folder, *args, **kwargs: names.append(folder)
+    )
+    monkeypatch.setattr(
+        "pet_pipeline.publishing.space.push_space", lambda name, *args: names.append(f"spaces/{name}")
+    )
     monkeypatch.setattr(train_pet, "push_folder", lambda folder, *args, **kwargs: names.append(str(folder)))
     monkeypatch.setattr(train_pet, "create_repository", lambda name, *args: SimpleNamespace(id=name))
     return names

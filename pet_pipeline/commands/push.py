@@ -33,7 +33,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Publishes the folder and, if it is asked for, the Space."""
-    from ..hub import push_folder, push_space
+    from ..publishing.push import push_folder
+    from ..publishing.space import push_space
 
     url = push_folder(args.folder, args.repo_id, args.private or None, args.token, args.message)
     print(f"{args.folder} is on the Hub: {url}")

@@ -31,19 +31,11 @@ from test_loading import DRAW, GENERIC, INSTALLED, ROOT, image_sum
 import train_pet
 from pet_pipeline import PetDiffusionPipeline
 from pet_pipeline.__main__ import main
-from pet_pipeline.hub import (
-    CARD_OPTIONS,
-    GRADIO_VERSION,
-    SPACE_REQUIREMENTS,
-    TrainingReport,
-    hub_id,
-    published_content,
-    published_files,
-    push_folder,
-    push_space,
-    render_model_card,
-    space_files,
-)
+from pet_pipeline.publishing.card import CARD_OPTIONS, TrainingReport, render_model_card
+from pet_pipeline.publishing.client import hub_id
+from pet_pipeline.publishing.folder import published_files
+from pet_pipeline.publishing.push import published_content, push_folder
+from pet_pipeline.publishing.space import GRADIO_VERSION, push_space, space_files, space_requirements
 
 
 TOKEN = "hf_secretsecretsecret"
@@ -324,14 +316,14 @@ def test_a_hub_that_is_not_there(hub, saved, monkeypatch):
 
 
 def test_a_token_that_is_none_is_not_quoted(hub, saved):
-    with pytest.raises(ValueError, match="no token has") as error_info:
+    with pytest.raises(ValueError, match="must not have spaces") as error_info:
         push_folder(saved, "pets", token="hf_two\nlines")
     assert "hf_two" not in str(error_info.value) and not hub.requests
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, saved):
     push_folder(saved, "pets")
-    with pytest.raises(ValueError, match="is there already, and is public"):
+    with pytest.raises(ValueError, match="already exists and is public"):
         push_folder(saved, "pets", private=True)
     assert main(["push", str(saved), "hidden", "--private", "--token", TOKEN]) == 0
     assert hub.repositories["user/hidden"].private
@@ -612,6 +604,8 @@ def test_a_space_starts_from_what_was_uploaded(hub, saved, tmp_path, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    for part in ("app", "commands", "evaluation", "publishing"):
+        assert f"pet_pipeline/{part}.py" in space.files or f"pet_pipeline/{part}/__init__.py" in space.files
     (tmp_path / "start.py").write_text(START.format(refused=refused, tree=str(tree)))
     process = subprocess.Popen(
         [sys.executable, str(tmp_path / "start.py")],
@@ -657,8 +651,12 @@ def test_the_card_of_a_space(hub, saved):
     options.read(ROOT / "setup.cfg")
     gradio, *others = options["options.extras_require"]["app"].split()
     assert Requirement(gradio).specifier.contains(GRADIO_VERSION)
-    assert set(SPACE_REQUIREMENTS) == {*options["options"]["install_requires"].split(), *others}
+    assert set(space_requirements().split()) == {*options["options"]["install_requires"].split(), *others}
     assert data["python_version"] in options["options"]["python_requires"]
+    for pattern in options["options.package_data"]["pet_pipeline"].split():
+        if pattern != "py.typed" and not pattern.startswith("pretrained"):  # the model comes from the Hub
+            files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pet_pipeline").glob(pattern)}
+            assert files <= set(space_files("user/pets")), pattern
 
 
 def test_a_second_push_of_a_space_updates_it(hub, saved):

@@ -1,0 +1,147 @@
+"""Writes the model card of a trained pipeline."""
+
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .. import __version__
+from .card_evaluation import TASK, add_evaluation, read_evaluation
+from .client import hub_id
+
+
+if TYPE_CHECKING:
+    from ..pipeline_pet_diffusion import PetDiffusionPipeline
+
+# The options of `train_pet.py` that a card may show. None of them is a path or a secret.
+CARD_OPTIONS = (
+    "random_flip",
+    "noise_schedule",
+    "p_mean",
+    "p_std",
+    "loss",
+    "learned_weighting",
+    "label_dropout",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "optimizer",
+    "muon_learning_rate",
+    "learning_rate",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "use_ema",
+    "ema_inv_gamma",
+    "ema_power",
+    "ema_max_decay",
+    "seed",
+)
+CIFAR10_IDS = ("uoft-cs/cifar10", "cifar10")
+
+
+@dataclass
+class TrainingReport:
+    """The facts about a training that its model card shows.
+
+    Args:
+        dataset_name (`str`): the data set of the training. The card shows it only if it is a Hub id.
+        options (`dict[str, Any]`): the options of `train_pet.py`. The card shows [`CARD_OPTIONS`].
+        num_train_images (`int`): number of images in the training set.
+        num_held_out_images (`int`): number of images that were kept out of the training set.
+        num_validation_images (`int`): number of held-out images that measured the validation loss.
+        num_steps (`int`): number of optimizer steps.
+        num_images_seen (`int`): number of images that all processes trained on, repetitions included.
+        seconds (`float`): duration of the training.
+        device (`str`): kind and number of the devices.
+        precision (`str`): precision of the matrix products: `"no"` (float32), `"bf16"` or `"fp16"`.
+        base_model (`str`, *optional*): the pipeline that the training started from. The card shows it only if
+            it is a Hub id.
+        validation_loss (`float`, *optional*): the validation loss of exactly the saved weights.
+    """
+
+    dataset_name: str
+    options: dict[str, Any]
+    num_train_images: int
+    num_held_out_images: int
+    num_validation_images: int
+    num_steps: int
+    num_images_seen: int
+    seconds: float
+    device: str
+    precision: str
+    base_model: str | None = None
+    validation_loss: float | None = None
+
+
+def render_model_card(
+    folder: str | Path, template: str | Path, pipeline: "PetDiffusionPipeline", report: TrainingReport
+) -> str:
+    """Returns the model card of a trained pipeline. The card has no sections for what was not measured.
+
+    Args:
+        folder (`str` or `Path`): the folder of the saved pipeline. The card shows `samples.png` and
+            `evaluation.json` if the folder has them.
+        template (`str` or `Path`): a Jinja template.
+        pipeline ([`PetDiffusionPipeline`]): the pipeline, for its classes and its architecture.
+        report ([`TrainingReport`]): the data, the recipe and the validation loss.
+
+    Returns:
+        `str`: the text of `README.md`.
+    """
+    folder = Path(folder)
+    config = pipeline.transformer.config
+    names = pipeline.class_names
+    listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    subject = listed if len(names) <= 4 else f"{len(names)} classes"
+    title = f"Images of {subject}, {config.sample_size}×{config.sample_size}"
+    dataset_id, base_model = hub_id(report.dataset_name), hub_id(report.base_model)
+    results = []
+    if report.validation_loss is not None:
+        results = [
+            EvalResult(
+                task_type=TASK,
+                dataset_type=dataset_id or "local",
+                dataset_name=dataset_id or "local data set",
+                dataset_split="train",
+                metric_type="validation_loss",
+                metric_name="validation loss",
+                metric_value=round(report.validation_loss, 6),
+            )
+        ]
+    linear = config.attention_type == "linear"
+    card_data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        license="apache-2.0",
+        datasets=[dataset_id] if dataset_id else None,
+        base_model=base_model,
+        tags=["diffusers", "class-conditional", "edm"] + (["linear-attention"] if linear else []),
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(template),
+        title=title,
+        model_id=folder.resolve().name,
+        class_names=names,
+        resolution=config.sample_size,
+        config=config,
+        num_parameters=pipeline.transformer.num_parameters(),
+        has_samples=(folder / "samples.png").is_file(),
+        dataset_id=dataset_id,
+        is_cifar10=dataset_id in CIFAR10_IDS,
+        fine_tuned=report.base_model is not None,
+        report=report,
+        options={name: report.options[name] for name in CARD_OPTIONS},
+        versions={
+            "pet_pipeline": __version__,
+            **{name: version(name) for name in ("torch", "diffusers", "accelerate")},
+        },
+    )
+    if (folder / "evaluation.json").is_file():
+        add_evaluation(card, read_evaluation(folder / "evaluation.json"), title)
+    card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"  # absent sections leave blank lines
+    return card.content

@@ -1,0 +1,109 @@
+"""Pushes a saved pipeline to the Hugging Face Hub.
+
+A push contains the index, the code, the configurations, the weights as safetensors, the card and the samples
+of a pipeline. The state of a training, local paths and the token are never part of it.
+"""
+
+import re
+import textwrap
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard
+
+from .card_evaluation import EVALUATION_PART, add_evaluation, read_evaluation
+from .client import create_repository, full_repo_id, hub_client, hub_id, readable_errors
+from .folder import path_inside, published_files, read_json, read_text, write_json
+
+
+# The files that `pet-pipeline evaluate` writes.
+EVALUATION_FILES = ("evaluation.json", "generated.png", "neighbors.png")
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload the pipeline",
+) -> str:
+    """Publishes a saved pipeline in one commit, and returns the commit's address.
+
+    The same commit removes files of components and evaluations from the repository if an earlier push left
+    them there and the folder no longer has them. The folder itself is only read. A new repository is created
+    after everything has been read and checked, so that a refused push does not leave an empty one.
+
+    Args:
+        folder (`str` or `Path`): see [`published_files`].
+        repo_id (`str`), private (`bool`, *optional*), token (`str`, *optional*): see [`create_repository`].
+        commit_message (`str`, defaults to `"Upload the pipeline"`): the first line of the commit message.
+
+    Raises:
+        ValueError: if the folder is not a complete pipeline of safetensors, if its card or its evaluation is
+            not valid, or for the reasons of [`create_repository`].
+        OSError: if a file cannot be read, if the Hub cannot be reached, or if the Hub refuses the push.
+    """
+    files = published_files(folder)
+    folder, api = Path(folder), hub_client(token)
+    with readable_errors(repo_id, api):
+        repo_id = full_repo_id(repo_id, api)
+    additions = [CommitOperationAdd(name, published_content(folder, name, repo_id)) for name in files]
+    with readable_errors(repo_id, api):
+        for addition in additions:
+            if addition.path_in_repo == "README.md":
+                ModelCard(addition.path_or_fileobj.decode()).validate()
+    info = create_repository(repo_id, private, token)
+    folders = {name.rpartition("/")[0] for name in files} - {""}
+    stale = [
+        sibling.rfilename
+        for sibling in info.siblings or []
+        if sibling.rfilename not in files
+        and (sibling.rfilename.rpartition("/")[0] in folders or sibling.rfilename in EVALUATION_FILES)
+    ]
+    operations = [*(CommitOperationDelete(name, is_folder=False) for name in stale), *additions]
+    with readable_errors(repo_id, api):
+        # `upload_folder` may make several commits, between which the repository would not load.
+        return api.create_commit(repo_id, operations, commit_message=commit_message).commit_url
+
+
+def published_content(folder: Path, name: str, repo_id: str) -> Path | bytes:
+    """Returns the file or the bytes to publish for a name of [`published_files`].
+
+    Local paths are removed from JSON files, and the card is given the id of its repository.
+    """
+    path = path_inside(folder, name)
+    if name == "README.md":
+        return published_card(folder, repo_id).encode()
+    if name == "evaluation.json":
+        record = read_evaluation(path)
+        reference = hub_id(record["settings"].get("reference")) or "local data set"
+        record["settings"] |= {"model": repo_id, "reference": reference}
+        return write_json(record)
+    if path.suffix != ".json":
+        return path
+    content = read_json(path)
+    if "_name_or_path" not in content:  # here diffusers keeps the folder that the pipeline was loaded from
+        return path
+    del content["_name_or_path"]
+    return write_json(content)
+
+
+def published_card(folder: Path, repo_id: str) -> str:
+    """Returns the card of a folder with the id of its repository and with the folder's evaluation, if any.
+
+    Raises:
+        ValueError: if the metadata of the card or the record of the evaluation are not valid.
+    """
+    path, evaluation = path_inside(folder, "README.md"), path_inside(folder, "evaluation.json")
+    text = read_text(path)
+    # A card loads its own folder by a name without a slash. The ids of other repositories have a slash.
+    text = re.sub(r"from_pretrained\(\"[^\"/]+\"", f'from_pretrained("{repo_id}"', text)
+    record = read_evaluation(evaluation) if evaluation.is_file() else None
+    try:
+        card = ModelCard(text)
+        if record is None or not EVALUATION_PART.search(text):
+            return text
+        add_evaluation(card, record, repo_id)
+        return card.content
+    except Exception as error:  # the parser of YAML and the types of the metadata raise many kinds
+        message = textwrap.shorten(str(error), 300)
+        raise ValueError(f"The metadata of {str(path)!r} are not valid: {message}") from None
