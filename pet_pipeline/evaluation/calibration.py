@@ -10,17 +10,22 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..pipeline_pet_classification import BAND_RANGE, NUM_BANDS, PetClassificationPipeline
+from ..pipeline_pet_classification import (
+    BAND_RANGE,
+    NUM_BANDS,
+    ClassificationEvidence,
+    PetClassificationPipeline,
+)
 from ..training.data import ImageDataset
 
 
 @dataclass
 class ClassErrors:
-    """What [`class_errors`] returns.
+    """The output of [`class_errors`].
 
     Args:
-        errors (`torch.Tensor` of shape `(N, classes, draws)`): mean squared error of the network's output.
-        sigmas (`torch.Tensor` of shape `(draws,)`): noise levels, ascending.
+        errors (`torch.Tensor` of shape `(N, classes, draws)`): mean squared errors of the network's output.
+        sigmas (`torch.Tensor` of shape `(draws,)`): noise levels in ascending order.
     """
 
     errors: torch.Tensor
@@ -34,59 +39,60 @@ def class_errors(
     batch_size: int = 64,
     seed: int = 0,
 ) -> ClassErrors:
-    """Measures the errors of every class on every image, without stopping early.
+    """Measures the errors of every class on every image, without early stopping.
 
     Args:
         pipeline ([`PetClassificationPipeline`]): the classifier.
         dataset ([`ImageDataset`]): images of the model's size.
         num_evaluations (`int`, defaults to 32): evaluations for each class and image.
-        batch_size (`int`, defaults to 64): evaluations at once.
-        seed (`int`, defaults to 0): of the noise.
+        batch_size (`int`, defaults to 64): number of evaluations at once.
+        seed (`int`, defaults to 0): random seed of the noise.
     """
-    evidence = []
+    evidence: list[ClassificationEvidence] = []
     with warnings.catch_warnings():
-        # The errors do not depend on the weights, which may be about to be found.
+        # The errors do not depend on the calibration, which may be about to be fitted.
         warnings.filterwarnings("ignore", "This pipeline is not calibrated")
         for images in tqdm(dataset.images.split(50), desc="images of 50", leave=False):
-            evidence += pipeline(
+            output: Any = pipeline(
                 images,
                 num_evaluations,
                 adaptive=False,
                 batch_size=batch_size,
                 generator=torch.Generator().manual_seed(seed),
                 return_evidence=True,
-            ).evidence
+            )
+            evidence += output.evidence
     return ClassErrors(torch.stack([item.errors for item in evidence]), evidence[0].sigmas)
 
 
 def fit_calibration(errors: ClassErrors, labels: torch.Tensor, penalty: float = 1e-3) -> dict[str, Any]:
-    """Fits the weights of the bands of noise levels by logistic regression of the labels.
+    """Fits a weight for each band of noise levels by logistic regression of the labels.
 
-    The scores of the classes are their negative weighted errors; the weights, none negative, maximise the
-    likelihood of the labels.
+    The score of a class is its negative weighted error. The fit finds the non-negative weights that maximise
+    the likelihood of the labels.
 
     Args:
-        errors ([`ClassErrors`]): of images that the denoiser was not trained on.
-        labels (`torch.Tensor` of shape `(N,)`): their classes.
-        penalty (`float`, defaults to 1e-3): on the squares of the weights, in units of the errors' spread.
+        errors ([`ClassErrors`]): the errors on images that the denoiser was not trained on.
+        labels (`torch.Tensor` of shape `(N,)`): the classes of these images.
+        penalty (`float`, defaults to 1e-3): strength of the penalty on the squares of the weights, after each
+            band's errors are scaled to unit standard deviation.
 
     Returns:
-        `dict`: `{"weights": [...]}`, the `calibration` of the pipelines.
+        `dict`: `{"weights": [...]}`, which is the `calibration` of the pipelines.
 
     Raises:
-        ValueError: if a band has no draw, so that nothing tells its weight.
+        ValueError: if a band has no noise level, because its weight could not be determined.
     """
     low, high = BAND_RANGE
     bands = ((errors.sigmas / low).log() / math.log(high / low) * NUM_BANDS).long().clamp(0, NUM_BANDS - 1)
     if len(bands.unique()) < NUM_BANDS:
         raise ValueError(
-            f"The noise levels drawn lie in {len(bands.unique())} of the {NUM_BANDS} bands; a calibration "
-            f"needs all of them, which {2 * NUM_BANDS} evaluations for each class reach."
+            f"A calibration needs noise levels in all {NUM_BANDS} bands, but they lie in only "
+            f"{len(bands.unique())} of them. Use at least {2 * NUM_BANDS} evaluations for each class."
         )
     one_hot = F.one_hot(bands, NUM_BANDS).double() / len(bands)
-    features = (
-        errors.errors.double() @ one_hot
-    )  # (N, classes, bands): their weighted sum is the mean over draws
+    # The weighted sum of these features over the bands is the weighted mean over the draws.
+    features = errors.errors.double() @ one_hot  # (N, classes, bands)
     features = features - features.mean(1, keepdim=True)
     scale = features.std((0, 1)).clamp_min(1e-12)
     raw = torch.zeros(NUM_BANDS, dtype=torch.float64, requires_grad=True)
@@ -104,7 +110,7 @@ def fit_calibration(errors: ClassErrors, labels: torch.Tensor, penalty: float = 
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share (Wilson 1927)."""
+    """Returns the 95 % confidence interval of the share `successes` / `trials` (Wilson 1927)."""
     z, share = 1.96, successes / trials
     centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z / (1 + z**2 / trials) * (share * (1 - share) / trials + z**2 / (4 * trials**2)) ** 0.5
@@ -112,7 +118,13 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def calibration_error(confidences: torch.Tensor, hits: torch.Tensor, num_bins: int = 10) -> float:
-    """Returns the expected calibration error (Guo et al. 2017), over bins of equal numbers of images."""
+    """Returns the expected calibration error (Guo et al. 2017) over bins with equal numbers of images.
+
+    Args:
+        confidences (`torch.Tensor` of shape `(N,)`): the probability of each predicted class.
+        hits (`torch.Tensor` of shape `(N,)`): whether each prediction is right.
+        num_bins (`int`, defaults to 10): number of bins.
+    """
     order = confidences.argsort(stable=True)
     total = 0.0
     for rows in order.tensor_split(num_bins):
@@ -124,16 +136,16 @@ def calibration_error(confidences: torch.Tensor, hits: torch.Tensor, num_bins: i
 def measure_classification(
     probabilities: torch.Tensor, labels: torch.Tensor, names: list[str]
 ) -> dict[str, Any]:
-    """Measures predictions.
+    """Measures the quality of predicted probabilities.
 
     Args:
-        probabilities (`torch.Tensor` of shape `(N, classes)`): of each class.
+        probabilities (`torch.Tensor` of shape `(N, classes)`): the predicted probability of each class.
         labels (`torch.Tensor` of shape `(N,)`): the true classes.
-        names (`list[str]`): names of the classes.
+        names (`list[str]`): the names of the classes.
 
     Returns:
-        `dict`: `accuracy` with its 95 % interval, `recall` of each class that has images, `log_loss` in nats,
-        `calibration_error`.
+        `dict`: `accuracy` with its 95 % interval from `accuracy_low` to `accuracy_high`, `recall` of each
+        class that has images, `log_loss` in nats, and `calibration_error`.
     """
     confidences, found = probabilities.max(1)
     hits = found == labels
@@ -161,24 +173,25 @@ def evaluate_classification(
     batch_size: int = 64,
     seed: int = 0,
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """Classifies a data set as a user would and measures the answers.
+    """Classifies a data set with the default settings, early stopping included, and measures the answers.
 
     Args:
         pipeline ([`PetClassificationPipeline`]): the classifier.
-        dataset ([`ImageDataset`]): images of its classes.
-        num_evaluations (`int`, defaults to 32), batch_size (`int`, defaults to 64): see the pipeline.
-        seed (`int`, defaults to 0): of the noise, drawn anew for every 50 images, so that no single draw
-            decides; a calibration with the same seed was fitted on other noise.
+        dataset ([`ImageDataset`]): images of the classes of the classifier.
+        num_evaluations (`int`, defaults to 32), batch_size (`int`, defaults to 64): see
+            [`PetClassificationPipeline.__call__`].
+        seed (`int`, defaults to 0): random seed of the noise. Every 50 images have new noise, so that the
+            result does not depend on a single draw, and a calibration with the same seed used other noise.
 
     Returns:
-        `tuple[dict, torch.Tensor]`: the measures, with `evaluations_per_image` and `images_per_second`, and
-        the probabilities `(N, classes)`.
+        `tuple[dict, torch.Tensor]`: the measures of [`measure_classification`] with `evaluations_per_image`
+        and `images_per_second`, and the probabilities `(N, classes)`.
     """
     rows, evaluations = [], 0
     began = time.perf_counter()
     for number, images in enumerate(tqdm(dataset.images.split(50), desc="images of 50", leave=False)):
         generator = torch.Generator().manual_seed(seed + 1 + number)
-        output = pipeline(images, num_evaluations, batch_size=batch_size, generator=generator)
+        output: Any = pipeline(images, num_evaluations, batch_size=batch_size, generator=generator)
         rows += [list(probabilities.values()) for probabilities in output.probabilities]
         evaluations += sum(output.num_evaluations)
     seconds = time.perf_counter() - began
@@ -196,12 +209,12 @@ def accuracy_curve(
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Measures accuracy against evaluations for each class, with and without calibration.
+    """Measures how the accuracy grows with the number of evaluations, with and without calibration.
 
     Args:
         pipeline ([`PetClassificationPipeline`]), dataset ([`ImageDataset`]), batch_size (`int`, defaults to
             64), seed (`int`, defaults to 0): see [`class_errors`].
-        num_evaluations (`int`, defaults to 32): the most evaluations for each class.
+        num_evaluations (`int`, defaults to 32): the largest number of evaluations for each class.
 
     Returns:
         `list[dict]`: `weighting`, `num_evaluations` and `accuracy` of each point, without early stopping.
@@ -224,6 +237,6 @@ def accuracy_curve(
 
 
 def draw_order(pipeline: PetClassificationPipeline, num_draws: int, seed: int) -> torch.Tensor:
-    """Returns where each draw of a seed, in the order of drawing, stands among them by noise level."""
+    """Returns, for each draw of a seed in the order of drawing, its rank among the noise levels."""
     sigmas = pipeline.draw_sigmas(num_draws, "calibrated", torch.Generator().manual_seed(seed))
     return sigmas.argsort().argsort()

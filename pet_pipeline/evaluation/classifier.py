@@ -1,4 +1,4 @@
-"""A small residual network that tells the classes apart: the independent judge of generated images."""
+"""A small residual network that classifies images, as an independent judge of generated images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,16 +16,17 @@ BUNDLED_CLASSIFIER = Path(__file__).parent.parent / "pretrained_classifier"
 class PetClassifier(ModelMixin, ConfigMixin):
     """Residual network of eight 3×3 convolutions with batch normalisation (after He et al. 2016).
 
-    It shares nothing with the diffusion model, so that it can judge what that model generates.
-    `PetClassifier.from_pretrained(BUNDLED_CLASSIFIER)` loads the one trained on cats and dogs by
-    `tests/benchmarks/train_classifier.py`.
+    The network shares nothing with the diffusion model, so that it can judge the images of that model.
+    `PetClassifier.from_pretrained(BUNDLED_CLASSIFIER)` loads the network that
+    `tests/benchmarks/train_classifier.py` trained on cats and dogs.
 
     Args:
         class_names (`list[str]`, defaults to `["cat", "dog"]`): names of the classes, in the order of the
             logits.
-        in_channels (`int`, defaults to 3): channels of the images.
-        width (`int`, defaults to 32): channels of the first convolution; the last have four times as many.
-        sample_size (`int`, defaults to 32): height and width of the images that it was trained on, in pixels.
+        in_channels (`int`, defaults to 3): number of channels of the images.
+        width (`int`, defaults to 32): channels of the first convolution. The last convolutions have four
+            times as many.
+        sample_size (`int`, defaults to 32): height and width of the training images in pixels.
     """
 
     @register_to_config
@@ -57,7 +58,7 @@ class PetClassifier(ModelMixin, ConfigMixin):
 
 
 def convolution(in_channels: int, out_channels: int) -> nn.Sequential:
-    """3×3 convolution, batch normalisation, ReLU."""
+    """Returns a 3×3 convolution, followed by batch normalisation and a ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),

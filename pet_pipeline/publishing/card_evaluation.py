@@ -82,9 +82,10 @@ def add_evaluation(card: ModelCard, record: dict[str, Any], model_name: str) -> 
     """
     settings, measures = record["settings"], record["measures"]
     dataset_id = hub_id(settings.get("reference"))
-    kept = [result for result in card.data.eval_results or [] if result.metric_type not in measures]
-    card.data.model_name = card.data.model_name or model_name
-    card.data.eval_results = kept + [
+    data: Any = card.data  # `ModelCard` declares less than the `ModelCardData` that it holds
+    kept = [result for result in data.eval_results or [] if result.metric_type not in measures]
+    data.model_name = data.model_name or model_name
+    data.eval_results = kept + [
         EvalResult(
             task_type=TASK,
             dataset_type=dataset_id or "local",

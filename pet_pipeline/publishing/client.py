@@ -74,7 +74,7 @@ def create_repository(
             repo_id, private=private, repo_type=repo_type, exist_ok=True, space_sdk=sdk
         ).repo_id
         api.auth_check(repo_id, repo_type=repo_type, write=True)
-        info = api.repo_info(repo_id, repo_type=repo_type)
+        info = api.space_info(repo_id) if repo_type == "space" else api.model_info(repo_id)
     if private and not info.private:
         raise ValueError(
             f"The repository {repo_id!r} already exists and is public. Make it private in its settings, or "

@@ -93,10 +93,12 @@ def read_index(folder: Path) -> tuple[str | None, dict[str, str]]:
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} is not a saved pipeline: it has no {INDEX}.")
     index = read_json(path)
-
-    pairs = {key: value for key, value in index.items() if isinstance(value, list) and key[:1] != "_"}
-    # A component that this pipeline does without is a pair of nulls.
-    pairs = {key: pair for key, pair in pairs.items() if pair != [None, None]}
+    # The pair of an optional component that the pipeline does not have is two nulls.
+    pairs: dict[str, Any] = {
+        key: value
+        for key, value in index.items()
+        if isinstance(value, list) and not key.startswith("_") and value != [None, None]
+    }
     class_name = index.get("_class_name")
     if not isinstance(class_name, str):
         pairs["_class_name"] = class_name

@@ -46,20 +46,18 @@ def push_folder(
     folder, api = Path(folder), hub_client(token)
     with readable_errors(repo_id, api):
         repo_id = full_repo_id(repo_id, api)
-    additions = [CommitOperationAdd(name, published_content(folder, name, repo_id)) for name in files]
-    with readable_errors(repo_id, api):
-        for addition in additions:
-            if addition.path_in_repo == "README.md":
-                ModelCard(addition.path_or_fileobj.decode()).validate()
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, published_content(folder, name, repo_id)) for name in files
+    ]
+    if "README.md" in files:
+        with readable_errors(repo_id, api):
+            ModelCard(published_card(folder, repo_id)).validate()
     info = create_repository(repo_id, private, token)
     folders = {name.rpartition("/")[0] for name in files} - {""}
-    stale = [
-        sibling.rfilename
-        for sibling in info.siblings or []
-        if sibling.rfilename not in files
-        and (sibling.rfilename.rpartition("/")[0] in folders or sibling.rfilename in EVALUATION_FILES)
-    ]
-    operations = [*(CommitOperationDelete(name, is_folder=False) for name in stale), *additions]
+    for sibling in info.siblings or []:
+        name = sibling.rfilename
+        if name not in files and (name.rpartition("/")[0] in folders or name in EVALUATION_FILES):
+            operations.append(CommitOperationDelete(name, is_folder=False))
     with readable_errors(repo_id, api):
         # `upload_folder` may make several commits, between which the repository would not load.
         return api.create_commit(repo_id, operations, commit_message=commit_message).commit_url

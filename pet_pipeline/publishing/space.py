@@ -31,12 +31,12 @@ def push_space(model_id: str, token: str | None = None, commit_message: str = "U
         model = api.model_info(full_repo_id(model_id, api))
     files = space_files(model.id, bool(model.private))
     info = create_repository(model.id, model.private or None, token, "space")
-    remote = [sibling.rfilename for sibling in info.siblings or []]
-    stale = [name for name in remote if name not in files and name.startswith("pet_pipeline/")]
-    operations = [
-        *(CommitOperationDelete(name, is_folder=False) for name in stale),
-        *(CommitOperationAdd(name, content) for name, content in files.items()),
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, content) for name, content in files.items()
     ]
+    for sibling in info.siblings or []:
+        if sibling.rfilename not in files and sibling.rfilename.startswith("pet_pipeline/"):
+            operations.append(CommitOperationDelete(sibling.rfilename, is_folder=False))
     with readable_errors(info.id, api):
         api.create_commit(info.id, operations, commit_message=commit_message, repo_type="space")
     return f"{api.endpoint}/spaces/{info.id}"
