@@ -139,8 +139,6 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
 
     def check_inputs(
         self,
-        class_labels: list[int],
-        negative_class_labels: list[int] | None,
         guidance_scale: float,
         guidance_schedule: str | Callable[[float], float],
         guidance_interval: tuple[float, float],
@@ -148,7 +146,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
-        """Raises `ValueError` for an argument of [`__call__`] that is out of range."""
+        """Raises `ValueError` for an unsuitable component or an argument of [`__call__`] out of range."""
         self.check_scheduler()
         # Guiders that change the model know the attention and the blocks of diffusers' models only.
         if self.guider is not None and type(self.guider).prepare_models is not BaseGuidance.prepare_models:
@@ -156,13 +154,6 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
                 f"The guider {type(self.guider).__name__} changes layers of the model, which is not "
                 "supported; use `pag_scale` for perturbed-attention guidance, or a guider that uses "
                 "predictions only, such as ClassifierFreeGuidance."
-            )
-        if not class_labels:
-            raise ValueError("`class_labels` is empty.")
-        if negative_class_labels is not None and len(negative_class_labels) not in (1, len(class_labels)):
-            raise ValueError(
-                f"`negative_class_labels` must be one label or one for each of the {len(class_labels)} class "
-                f"labels, but there are {len(negative_class_labels)}."
             )
         check_number("guidance_scale", guidance_scale)
         check_pag_scale(pag_scale)
@@ -173,13 +164,9 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             )
         if not callable(guidance_schedule):
             guidance_weight(1.0, guidance_scale, guidance_schedule)  # raises if there is no such schedule
-        try:
-            low, high = (check_number("guidance_interval", sigma) for sigma in guidance_interval)
-        except (TypeError, ValueError):
-            low = high = 0.0
-        if not 0 <= low < high:
+        if not is_interval(guidance_interval):
             raise ValueError(
-                f"`guidance_interval` must be two numbers with 0 ≤ low < high, but is {guidance_interval}."
+                f"`guidance_interval` must be two numbers with 0 ≤ low < high, but is {guidance_interval!r}."
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
@@ -190,6 +177,34 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` must be in {self._callback_tensor_inputs}, but is "
                 f"{callback_on_step_end_tensor_inputs}."
             )
+
+    def prepare_labels(
+        self, class_labels: Any, negative_class_labels: Any, num_images_per_prompt: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the class ids to draw and the class ids to steer away from, each of shape `(batch,)`.
+
+        Raises:
+            ValueError: if a class does not exist, there is none, or the numbers of labels do not fit.
+        """
+        num_images_per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt)
+        if class_labels is None:
+            class_labels = list(range(self.null_class_id))
+        ids = self.get_label_ids(class_labels)
+        if not ids:
+            raise ValueError("`class_labels` is empty.")
+        if negative_class_labels is None:
+            null_ids = [self.null_class_id]
+        else:
+            null_ids = self.get_label_ids(negative_class_labels)
+        if len(null_ids) not in (1, len(ids)):
+            raise ValueError(
+                f"`negative_class_labels` must be one label or one for each of the {len(ids)} class labels, "
+                f"but there are {len(null_ids)}."
+            )
+        null_ids = null_ids * len(ids) if len(null_ids) == 1 else null_ids
+        labels, null_labels = (torch.tensor(each, device=device) for each in (ids, null_ids))
+        repeats = num_images_per_prompt
+        return labels.repeat_interleave(repeats), null_labels.repeat_interleave(repeats)
 
     def prepare_latents(
         self,
@@ -289,13 +304,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         if pag_scale is None:
             is_used = self.guider is None and self._can_be_perturbed()
             pag_scale = self.config.pag_scale if is_used else 0.0
-        label_ids = self.get_label_ids(
-            list(range(self.null_class_id)) if class_labels is None else class_labels
-        )
-        negative_ids = None if negative_class_labels is None else self.get_label_ids(negative_class_labels)
         self.check_inputs(
-            label_ids,
-            negative_ids,
             guidance_scale,
             guidance_schedule,
             guidance_interval,
@@ -303,17 +312,15 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
         )
-        num_images_per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt)
+        device = self._execution_device
+        labels, null_labels = self.prepare_labels(
+            class_labels, negative_class_labels, num_images_per_prompt, device
+        )
         generator = list(generator) if isinstance(generator, tuple) else generator
         self._guidance_scale = guidance_scale
         self._guidance_schedule = guidance_schedule
         self._pag_scale = pag_scale
         self._interrupt = False
-        device = self._execution_device
-        null_ids = [self.null_class_id] if negative_ids is None else negative_ids
-        null_ids = null_ids * len(label_ids) if len(null_ids) == 1 else null_ids
-        labels = torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_prompt)
-        null_labels = torch.tensor(null_ids, device=device).repeat_interleave(num_images_per_prompt)
 
         # 2. Noise levels
         timesteps = retrieve_timesteps(self.scheduler, num_inference_steps, device, sigmas)
@@ -328,28 +335,11 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             for i, timestep in enumerate(timesteps):
                 if self._interrupt:
                     continue
-                model_input = self.scheduler.scale_model_input(latents, timestep)
-                sigma = self.scheduler.sigmas[i].item()
-                if self.guider is not None:
-                    self.guider.set_state(step=i, num_inference_steps=len(timesteps), timestep=timestep)
-                    model_output = self._guider_output(
-                        model_input, latents, timestep, labels, null_labels, sigma
-                    )
-                else:
-                    weight = guidance_weight(
-                        sigma, self._guidance_scale, guidance_schedule, guidance_interval
-                    )
-                    low, high = guidance_interval
-                    model_output = self._guided_output(
-                        model_input,
-                        timestep,
-                        labels,
-                        null_labels,
-                        weight,
-                        self._pag_scale if low <= sigma <= high else 0.0,
-                        pag_applied_layers,
-                    )
+                model_output = self._step_output(
+                    i, latents, timestep, labels, null_labels, guidance_interval, pag_applied_layers
+                )
                 if callback_on_step_end is not None:
+                    sigma = self.scheduler.sigmas[i].item()
                     pred_original_sample = self.scheduler.precondition_outputs(latents, model_output, sigma)
                 latents = self.scheduler.step(
                     model_output, timestep, latents, generator=generator, return_dict=False
@@ -372,6 +362,29 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         if not return_dict:
             return (images,)
         return ImagePipelineOutput(images=images)
+
+    def _step_output(
+        self,
+        step: int,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        labels: torch.Tensor,
+        null_labels: torch.Tensor,
+        guidance_interval: tuple[float, float],
+        pag_applied_layers: list[int] | None,
+    ) -> torch.Tensor:
+        """Returns the guided network output F of a step."""
+        model_input = self.scheduler.scale_model_input(latents, timestep)
+        sigma = self.scheduler.sigmas[step].item()
+        if self.guider is not None:
+            self.guider.set_state(step=step, num_inference_steps=self._num_timesteps, timestep=timestep)
+            return self._guider_output(model_input, latents, timestep, labels, null_labels, sigma)
+        weight = guidance_weight(sigma, self._guidance_scale, self._guidance_schedule, guidance_interval)
+        low, high = guidance_interval
+        pag_weight = self._pag_scale if low <= sigma <= high else 0.0
+        return self._guided_output(
+            model_input, timestep, labels, null_labels, weight, pag_weight, pag_applied_layers
+        )
 
     def _model_output(
         self, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor, **kwargs: Any
@@ -432,6 +445,15 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         # The scheduler's own formula at F = 0 and F = 1 inverts D = c_skip·x + c_out·F.
         offset = precondition(torch.zeros_like(latents))
         return (denoised - offset) / (precondition(torch.ones_like(latents)) - offset)
+
+
+def is_interval(interval: Any) -> bool:
+    """Whether a value is a pair of numbers 0 ≤ low < high."""
+    try:
+        low, high = interval
+        return bool(0 <= low < high)
+    except (TypeError, ValueError):
+        return False
 
 
 def retrieve_timesteps(
