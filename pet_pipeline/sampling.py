@@ -72,8 +72,8 @@ class SampleSettings:
         steps (`int`, defaults to 18): denoising steps, from 1 to 1000.
         guidance_scale (`float`, defaults to 2.5): strength of classifier-free guidance.
         guidance_schedule (`str`, defaults to `"adaptive"`): one of [`GUIDANCE_SCHEDULES`].
-        pag_scale (`float`, *optional*): strength of perturbed-attention guidance; `None` means the strength
-            that is saved with the model.
+        pag_scale (`float`, *optional*): strength of perturbed-attention guidance, in [-100, 100]; `None`
+            means the strength that is saved with the model.
         negative_class (`str`, *optional*): name of the class that guidance steers away from; `None` means the
             null class.
         scheduler (`str`, *optional*): one of [`SCHEDULERS`]; `None` means the scheduler that is saved with
@@ -112,6 +112,8 @@ class SampleSettings:
         help="strength of perturbed-attention guidance, which makes shapes clearer; 0 turns it off, and the "
         "strength that is saved with the model is the default",
         argument="pag_scale",
+        low=-100,
+        high=100,
         slider=(0, 8, 0.1),
     )
     negative_class: str | None = _setting(
