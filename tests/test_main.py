@@ -235,7 +235,7 @@ def test_every_seed_can_be_given_again(saved, tmp_path, capsys):
 
 
 def test_a_missing_package_is_named_with_its_extra(saved, monkeypatch, capsys):
-    for name in ("data", "evaluation.reference", "evaluation.calibration"):
+    for name in ("training.data", "evaluation.reference", "evaluation.calibration"):
         monkeypatch.delitem(sys.modules, f"pet_pipeline.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert main(["calibrate", saved, "--reference", "any"]) == 1
