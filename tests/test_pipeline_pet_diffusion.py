@@ -199,7 +199,7 @@ class PerturbedDenoiser(GaussianDenoiser):
     """Perturbed, it forgets the class."""
 
     @register_to_config
-    def __init__(self, num_layers: int = 10):
+    def __init__(self, num_layers: int = 12):
         super().__init__()
         self.register_to_config(std=0.3, num_classes=2, in_channels=3, sample_size=8)
         self.perturbed = []
@@ -231,6 +231,10 @@ def test_perturbed_attention_guidance_follows_its_formula():
     pipe("dog", 18, guidance_scale=1.0, pag_scale=1.0)
     inside = sum(0.05 <= sigma <= 5 for sigma in pipe.scheduler.sigmas[:-1].tolist())
     assert 0 < inside < 18 and len(model.perturbed) == 18 + inside
+    # Both ends belong to the interval.
+    model.perturbed.clear()
+    pipe("dog", sigmas=[6.0, 5.0, 0.05, 0.01], guidance_scale=1.0, pag_scale=1.0)
+    assert model.perturbed == [None, None, [3], None, [3], None]
     with pytest.raises(ValueError, match="`pag_scale` needs a model .* of the class GaussianDenoiser"):
         oracle_pipeline(GaussianDenoiser())("dog", pag_scale=1.0)
 
@@ -459,6 +463,24 @@ def test_numbers_and_generators_of_every_type(pipeline):
         guidance_interval=[np.float64(0.05), 5],
     )
     assert torch.equal(other, expected)
+
+
+@pytest.mark.parametrize("scheduler_class", [AdaptiveEDMScheduler, EDMEulerScheduler])
+def test_the_sample_keeps_its_precision(pipeline, scheduler_class):
+    # EDMEulerScheduler returns samples in the precision of the model's output.
+    pipeline.scheduler = scheduler_class()
+    pipeline.to(torch.bfloat16)
+    images = pipeline("cat", 3, output_type="latent").images
+    assert images.dtype == torch.float32 and not torch.equal(images, images.bfloat16().float())
+
+
+def test_hooks_are_freed_after_the_call(pipeline, monkeypatch):
+    freed = []
+    for pipe in (pipeline, PetClassificationPipeline.from_pipe(pipeline)):
+        monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(None))
+    pipeline("cat", 2)
+    pipe(torch.rand(3, 8, 8), 2, weighting="elbo")
+    assert len(freed) == 2
 
 
 def test_the_time_step_keeps_its_precision(pipeline):
