@@ -12,11 +12,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import train_pet
-from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline, app
+from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
 from pet_pipeline.__main__ import build_parser, main
 from pet_pipeline.evaluation.metrics import FEATURE_EXTRACTORS
 from pet_pipeline.pipeline_pet_classification import WEIGHTINGS
-from pet_pipeline.sampling import MAX_SEED, SampleSettings, image_settings
+from pet_pipeline.sampling import MAX_SEED, image_settings
 
 
 @pytest.fixture
@@ -28,7 +28,6 @@ def saved(pipeline, tmp_path):
 def test_defaults_and_choices_are_the_same_everywhere():
     # The command line, the page and the training know them without importing the pipelines.
     parser = build_parser()
-    assert app.Settings(pag_scale=None) == app.Settings(*list(vars(SampleSettings()).values())[:4])
     evaluations = inspect.signature(PetClassificationPipeline.__call__).parameters["num_evaluations"].default
     for words in (
         ["classify", "cat.png"],

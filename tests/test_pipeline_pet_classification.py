@@ -15,9 +15,7 @@ from pet_pipeline import (
     AdaptiveEDMScheduler,
     PetClassificationPipeline,
     PetDiffusionPipeline,
-    hub,
     pipeline_pet_classification,
-    pipeline_pet_loading,
 )
 from pet_pipeline.pipeline_pet_classification import (
     BAND_RANGE,
@@ -420,10 +418,6 @@ def test_components_are_shared_and_calibration_is_kept(pipeline, tmp_path):
     drawing.save_pretrained(tmp_path / "again")
     again = PetClassificationPipeline.from_pretrained(tmp_path / "again")
     assert again.config.calibration == {"weights": weights} and again.id2label == {0: "cat", 1: "dog"}
-
-
-def test_the_hub_publishes_the_files_of_the_pipelines():
-    assert tuple(f"{name}.py" for name in pipeline_pet_loading.PIPELINE_MODULES) == hub.PIPELINE_FILES
 
 
 def test_an_image_too_large_for_the_memory_is_one_error(model, tmp_path, monkeypatch):
