@@ -16,6 +16,7 @@ from conftest import random_model
 
 import train_pet
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, PetTransformer2DModel
+from pet_pipeline.training import denoiser, results
 
 
 @pytest.mark.parametrize("name", compare_recipes.RUNS)
@@ -38,8 +39,8 @@ def test_baselines_have_the_flops_of_small(baseline):
 
 @pytest.mark.parametrize("name", train_baseline.BASELINES)
 def test_a_baseline_trains_loads_and_samples(name, image_folder, tmp_path, monkeypatch):
-    for replaced in ("PetTransformer2DModel", "render_model_card"):  # and put back after the test
-        monkeypatch.setattr(train_pet, replaced, getattr(train_pet, replaced))
+    for module, replaced in ((denoiser, "PetTransformer2DModel"), (results, "render_model_card")):
+        monkeypatch.setattr(module, replaced, getattr(module, replaced))  # put back after the test
     AcceleratorState._reset_state(reset_partial_state=True)
     words = compare_recipes.RUNS[name][2:]
     words += [
@@ -54,9 +55,9 @@ def test_a_baseline_trains_loads_and_samples(name, image_folder, tmp_path, monke
     words += ["--preview_images", "1", "--mixed_precision", "no"]
     train_baseline.main(name, words)
 
-    denoiser = train_baseline.load_denoiser(tmp_path / "out")
-    assert type(denoiser) is train_baseline.BASELINES[name]
-    pipeline = PetDiffusionPipeline(denoiser, AdaptiveEDMScheduler())
+    trained = train_baseline.load_denoiser(tmp_path / "out")
+    assert type(trained) is train_baseline.BASELINES[name]
+    pipeline = PetDiffusionPipeline(trained, AdaptiveEDMScheduler())
     images = pipeline([0, 1], num_inference_steps=2, output_type="pt").images
     assert images.shape == (2, 3, 16, 16) and images.isfinite().all()
 
@@ -66,9 +67,9 @@ def test_a_combined_denoiser_is_each_of_its_two_on_its_side():
     combined = combine_denoisers.CombinedDenoiser(8, 3, 2, threshold=0.5)
     combined.high, combined.low = high, low
     images, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
-    for sigma, denoiser in ((0.51, high), (0.49, low)):
+    for sigma, trained in ((0.51, high), (0.49, low)):
         timestep = torch.full((2,), sigma).log() / 4
-        expected = denoiser(images, timestep, labels).sample
+        expected = trained(images, timestep, labels).sample
         assert torch.equal(combined(images, timestep, labels).sample, expected)
 
 

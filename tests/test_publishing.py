@@ -235,8 +235,8 @@ def test_a_failed_push_neither_stops_a_training_nor_loses_anything(hub, image_fo
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--hub_model_id", "user/pets"], "--hub_model_id has no use without --push_to_hub"),
-        (["--hub_strategy", "checkpoint"], "--hub_strategy has no use without --push_to_hub"),
+        (["--hub_model_id", "user/pets"], "--hub_model_id requires --push_to_hub"),
+        (["--hub_strategy", "checkpoint"], "--hub_strategy requires --push_to_hub"),
         (["--push_to_hub", "--hub_token", TOKEN, "--report_to", "wandb"], "wandb records the command line"),
     ],
 )

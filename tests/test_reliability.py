@@ -33,6 +33,7 @@ from support.training_process import (
 
 import train_pet
 from pet_pipeline import BalancedAdaptiveLoss, PetDiffusionPipeline
+from pet_pipeline.training import results
 from pet_pipeline.training.checkpointing import find_checkpoint, list_checkpoints, save_pipeline
 
 
@@ -304,7 +305,7 @@ def test_a_data_set_that_vanished(image_folder, tmp_path, run_of_two, whole_run)
 def test_best_is_kept_and_is_whole_at_any_moment(image_folder, tmp_path, monkeypatch):
     # The second of four validations is the best one, long gone from the checkpoints at the end.
     losses = iter([3.0, 1.0, 2.0, 2.5, 9.0])  # the last is of the second run
-    monkeypatch.setattr(train_pet, "validation_loss", lambda *args: {1.0: next(losses)})
+    monkeypatch.setattr(results, "validation_loss", lambda *args: {1.0: next(losses)})
     options = {"validation_steps": 1, "checkpointing_steps": 1, "max_train_steps": 4}
     train(image_folder, tmp_path / "out", checkpoints_total_limit=1, **options)
     train(image_folder, tmp_path / "all", **{**options, "checkpoints_total_limit": 4, "validation_steps": 9})
@@ -534,7 +535,7 @@ def test_two_processes_are_interrupted_together_and_resume_exactly(image_folder,
     # With one process it goes on too, but says that it is not the same.
     shutil.rmtree(tmp_path / "parts" / "checkpoint-12")
     ended = train_process(words(image_folder, tmp_path / "parts"))
-    assert ended.exit_code == 0 and "is of 2 processes: with 1 the training goes on" in ended.output
+    assert ended.exit_code == 0 and "is of 2 processes: with 1 the training continues" in ended.output
 
 
 def test_a_process_that_dies_takes_the_other_down(image_folder, tmp_path):

@@ -20,10 +20,18 @@ from support.training_process import TINY, arguments, train
 
 import pet_pipeline.scheduling_adaptive_edm as train_pet_scheduler
 import train_pet
-from pet_pipeline import AdaptiveEDMScheduler, BalancedAdaptiveLoss, PetDiffusionPipeline
+from pet_pipeline import (
+    AdaptiveEDMScheduler,
+    BalancedAdaptiveLoss,
+    PetDiffusionPipeline,
+    PetTransformer2DModel,
+)
 from pet_pipeline.evaluation.metrics import validation_loss
+from pet_pipeline.training import results
 from pet_pipeline.training.checkpointing import find_checkpoint, list_checkpoints
 from pet_pipeline.training.data import load_image_dataset, stratified_split, to_model_range
+from pet_pipeline.training.denoiser import adapt_model
+from pet_pipeline.training.hardware import automatic_precision
 from pet_pipeline.training.optimization import learning_rate_factor
 from pet_pipeline.transformer_pet import frequency_variances
 
@@ -172,13 +180,13 @@ def test_other_classes_losses_and_optimizers(image_folder, tmp_path):
 
 def test_fine_tuning_starts_from_saved_weights(finished_run, image_folder, tmp_path, monkeypatch):
     modes = []
-    forward = train_pet.PetTransformer2DModel.forward
+    forward = PetTransformer2DModel.forward
 
     def watched_forward(self, *args, **kwargs):
         modes.append(self.training)
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(train_pet.PetTransformer2DModel, "forward", watched_forward)
+    monkeypatch.setattr(PetTransformer2DModel, "forward", watched_forward)
     options = {"pretrained_model_name_or_path": finished_run, "max_train_steps": 1, "learning_rate": 0}
     options["model_config"] = None
     train(image_folder, tmp_path / "out", muon_learning_rate=0, **options)
@@ -191,7 +199,7 @@ def test_fine_tuning_starts_from_saved_weights(finished_run, image_folder, tmp_p
 def test_fine_tuning_matches_classes_by_name(finished_run):
     pipeline = PetDiffusionPipeline.from_pretrained(finished_run)  # cat, dog
     cat, dog, null = pipeline.transformer.class_embedding.weight.detach()
-    matched = train_pet.adapt_model(pipeline, ["dog", "bird", "cat"], resolution=8)
+    matched = adapt_model(pipeline, ["dog", "bird", "cat"], resolution=8)
     rows = matched.class_embedding.weight
     assert matched.config.num_classes == 3
     assert torch.equal(rows[[0, 2, 3]], torch.stack([dog, cat, null]))
@@ -204,12 +212,12 @@ def test_fine_tuning_matches_classes_by_name(finished_run):
 def test_fine_tuning_a_model_without_class_names(finished_run):
     pipeline = PetDiffusionPipeline.from_pretrained(finished_run)
     pipeline.id2label.clear()
-    assert train_pet.adapt_model(pipeline, ["bird", "dog"], resolution=8) is pipeline.transformer
+    assert adapt_model(pipeline, ["bird", "dog"], resolution=8) is pipeline.transformer
     with pytest.raises(ValueError, match="2 classes without names, but --classes names 3"):
-        train_pet.adapt_model(pipeline, ["bird", "cat", "dog"], resolution=8)
+        adapt_model(pipeline, ["bird", "cat", "dog"], resolution=8)
     grey = PetDiffusionPipeline(random_model(in_channels=1), AdaptiveEDMScheduler())
     with pytest.raises(ValueError, match="read in RGB, but the saved model has 1 channels"):
-        train_pet.adapt_model(grey, ["cat", "dog"], resolution=8)
+        adapt_model(grey, ["cat", "dog"], resolution=8)
 
 
 def test_fine_tuning_at_another_size(finished_run, image_folder, tmp_path):
@@ -258,7 +266,7 @@ def test_a_class_name_that_cannot_be_saved_ends_the_run_before_it_starts(image_f
 
 def test_the_loop_uses_its_options(image_folder, tmp_path, monkeypatch):
     drawn, seeds, evaluated, losses, norms, prepared = [], [], [], [], [], []
-    draw, forward = AdaptiveEDMScheduler.sample_training_sigmas, train_pet.PetTransformer2DModel.forward
+    draw, forward = AdaptiveEDMScheduler.sample_training_sigmas, PetTransformer2DModel.forward
     loss, clip, prepare = BalancedAdaptiveLoss.forward, Accelerator.clip_grad_norm_, Accelerator.prepare
 
     def watched_draw(*args, **kwargs):
@@ -288,7 +296,7 @@ def test_the_loop_uses_its_options(image_folder, tmp_path, monkeypatch):
         return clip(self, parameters, max_norm, *args)
 
     monkeypatch.setattr(AdaptiveEDMScheduler, "sample_training_sigmas", watched_draw)
-    monkeypatch.setattr(train_pet.PetTransformer2DModel, "forward", watched_forward)
+    monkeypatch.setattr(PetTransformer2DModel, "forward", watched_forward)
     monkeypatch.setattr(BalancedAdaptiveLoss, "forward", watched_loss)
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", watched_clip)
     monkeypatch.setattr(Accelerator, "prepare", watched_prepare)
@@ -373,19 +381,19 @@ def test_options_of_the_command_count_after_resuming(finished_run, image_folder,
 
 def test_automatic_precision_is_what_accelerate_was_told(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    assert train_pet.automatic_precision() == "fp16"
+    assert automatic_precision() == "fp16"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--max_train_steps", "0"], "--max_train_steps has to be positive"),
-        (["--train_batch_size", "-1", "--max_train_steps", "1"], "--train_batch_size has to be positive"),
-        (["--ema_inv_gamma", "0", "--max_train_steps", "1"], "--ema_inv_gamma has to be positive"),
-        (["--lr_warmup_steps", "-1", "--max_train_steps", "1"], "--lr_warmup_steps has to be 0 or more"),
+        (["--max_train_steps", "0"], "--max_train_steps must be positive"),
+        (["--train_batch_size", "-1", "--max_train_steps", "1"], "--train_batch_size must be positive"),
+        (["--ema_inv_gamma", "0", "--max_train_steps", "1"], "--ema_inv_gamma must be positive"),
+        (["--lr_warmup_steps", "-1", "--max_train_steps", "1"], "--lr_warmup_steps must be 0 or more"),
         (["--label_dropout", "2", "--max_train_steps", "1"], "--label_dropout"),
-        (["--model_config", "{num_layers: 1}"], "--model_config: is not JSON"),
-        (["--model_config", "[1]"], "has to be a JSON object"),
+        (["--model_config", "{num_layers: 1}"], "--model_config: must be JSON"),
+        (["--model_config", "[1]"], "must be a JSON object"),
         (["--model_config", '{"foo": 1}', "--max_train_steps", "1"], "has 'foo', but the model has no such"),
         (["--model_config", '{"sample_size": 64}', "--max_train_steps", "1"], "use --resolution"),
         (
@@ -424,7 +432,7 @@ def test_overfitting_eight_images_reproduces_them(tmp_path):
     dataset = train_pet.load_image_dataset(
         str(tmp_path / "data"), resolution=16, cache_dir=str(tmp_path / "cache")
     )
-    train_set, _ = train_pet.stratified_split(dataset, 0.1, seed=0)
+    train_set, _ = stratified_split(dataset, 0.1, seed=0)
     assert len(train_set) == 8
     known = train_pet.to_model_range(train_set.images)
     pipe = PetDiffusionPipeline.from_pretrained(tmp_path / "out")
@@ -494,14 +502,14 @@ def test_accumulation_equals_a_larger_batch(image_folder, tmp_path, monkeypatch)
 
 def test_labels_are_dropped_at_the_stated_rate(image_folder, tmp_path, monkeypatch):
     seen = []
-    forward = train_pet.PetTransformer2DModel.forward
+    forward = PetTransformer2DModel.forward
 
     def counting_forward(self, hidden_states, timestep, class_labels=None, return_dict=True):
         if self.training:
             seen.append(class_labels)
         return forward(self, hidden_states, timestep, class_labels, return_dict)
 
-    monkeypatch.setattr(train_pet.PetTransformer2DModel, "forward", counting_forward)
+    monkeypatch.setattr(PetTransformer2DModel, "forward", counting_forward)
     train(image_folder, tmp_path / "out", label_dropout=0.3, max_train_steps=60)
     labels = torch.cat(seen)
     rate = (labels == 2).float().mean().item()
@@ -549,7 +557,7 @@ def held_out_images(monkeypatch) -> list[torch.Tensor]:
         seen.append(dataset.images)
         return validation_loss(transformer, scheduler, dataset, *args)
 
-    monkeypatch.setattr(train_pet, "validation_loss", watched)
+    monkeypatch.setattr(results, "validation_loss", watched)
     return seen
 
 

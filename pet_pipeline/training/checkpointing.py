@@ -5,18 +5,23 @@ Accelerate partly loads as such: resume from your own checkpoints only. Publishe
 of safetensors instead.
 """
 
+import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
 import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 
 
@@ -25,6 +30,25 @@ MANIFEST = "manifest.json"
 SPLIT = "split.json"
 # What is being written has this before its name, until it is complete.
 PARTIAL = "partial-"
+
+
+@dataclass
+class TrainingState:
+    """The progress of a training, which Accelerate keeps in checkpoints."""
+
+    step: int = 0  # optimizer steps
+    epoch: int = 0
+    micro_step: int = 0  # batches taken from the current epoch
+    images: int = 0  # images seen by all processes
+    seconds: float = 0.0
+    best_loss: float = math.inf
+    precision: str = ""  # of the steps so far, which `--mixed_precision auto` may choose differently later
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
 
 
 def checkpoint_path(output_dir: str | Path, step: int) -> Path:
@@ -182,6 +206,90 @@ def read_split(checkpoint: Path) -> dict[str, Any]:
             "continued. A new run can start from the weights of a pipeline folder, such as that run's "
             "`best`, with --pretrained_model_name_or_path."
         ) from None
+
+
+def choose_checkpoint(args: argparse.Namespace, num_processes: int) -> tuple[Path | None, list[Path]]:
+    """Returns the checkpoint that a training continues, and the damaged later ones.
+
+    Args:
+        args (`argparse.Namespace`): the options of `train_pet.py`.
+        num_processes (`int`): number of processes; another number than that of the checkpoint is warned of.
+
+    Returns:
+        `tuple[Path | None, list[Path]]`: `None` for a new training.
+
+    Raises:
+        ValueError: if the checkpoint cannot be continued, or the output folder holds another training.
+    """
+    checkpoints = list_checkpoints(args.output_dir)
+    if args.resume_from_checkpoint is None:
+        if checkpoints:
+            raise ValueError(
+                f"{args.output_dir!r} holds the checkpoints of another run: continue it with "
+                "--resume_from_checkpoint latest, or choose another --output_dir."
+            )
+        return None, []
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    later = [path for path in checkpoints if checkpoint_step(path) > checkpoint_step(checkpoint)]
+    if later and args.resume_from_checkpoint != "latest":
+        raise ValueError(
+            f"{args.output_dir!r} holds later checkpoints than the one to resume from: "
+            f"{', '.join(path.name for path in later)}. Move them away, or choose another --output_dir."
+        )
+    num_before = len(list(checkpoint.glob("random_states_*")))
+    if num_before != num_processes:
+        warnings.warn(
+            f"{str(checkpoint)!r} is of {num_before} processes: with {num_processes} the training continues, "
+            "but not with the numbers of an uninterrupted one.",
+            stacklevel=2,
+        )
+    return checkpoint, later
+
+
+def load_checkpoint(
+    accelerator: Accelerator,
+    checkpoint: Path,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel,
+    state: TrainingState,
+) -> None:
+    """Loads a training from a checkpoint; the options of the command line win over those in the checkpoint.
+
+    Args:
+        accelerator (`Accelerator`): with the prepared and registered objects of the training.
+        checkpoint (`Path`): the folder of the checkpoint.
+        optimizer (`torch.optim.Optimizer`), ema (`EMAModel`), state ([`TrainingState`]): objects of the
+            training.
+
+    Raises:
+        ValueError: if the checkpoint is of another configuration.
+    """
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    ema_options = {name: getattr(ema, name) for name in ("decay", "inv_gamma", "power")}
+    try:
+        accelerator.load_state(str(checkpoint))
+    except (RuntimeError, ValueError, KeyError) as error:  # about shapes, parameter groups and names
+        raise ValueError(
+            f"The checkpoint {str(checkpoint)!r} is of another configuration: {error}"
+        ) from error
+    for group, values in zip(optimizer.param_groups, options):
+        group.update(values)
+    vars(ema).update(ema_options)
+    if state.precision and state.precision != accelerator.mixed_precision:
+        warnings.warn(
+            f"{str(checkpoint)!r} was trained with --mixed_precision {state.precision}: with "
+            f"{accelerator.mixed_precision} the training continues, but not with the numbers of an "
+            "uninterrupted one.",
+            stacklevel=2,
+        )
+    accelerator.print(f"Resumed at step {state.step:,} after {state.images:,} images.")
+
+
+def how_to_resume(output_dir: str | Path) -> str:
+    """Returns a sentence that tells how to continue a training that ended early."""
+    if not list_checkpoints(output_dir):
+        return "There is no checkpoint yet."
+    return "To continue, give the same command with --resume_from_checkpoint latest."
 
 
 def set_aside(checkpoint: Path) -> None:

@@ -51,6 +51,10 @@ class ImageDataset(torch.utils.data.Dataset):
         """Returns the images at `indices`, of the same classes."""
         return ImageDataset(self.images[indices], self.labels[indices], self.class_names)
 
+    def first(self, num_images: int) -> "ImageDataset":
+        """Returns the first images, at most `num_images`."""
+        return self.subset(torch.arange(min(num_images, len(self))))
+
 
 def load_image_dataset(
     dataset_name: str,
@@ -269,8 +273,8 @@ def split_dataset(
             "held out now, and `best` compares different images"
         )
     warnings.warn(
-        "The data set or the validation fraction has changed since the checkpoint: the training goes on, but "
-        f"not with the numbers of an uninterrupted one; {outcome}.",
+        "The data set or the validation fraction has changed since the checkpoint: the training continues, "
+        f"but not with the numbers of an uninterrupted one; {outcome}.",
         stacklevel=2,
     )
     return split

@@ -1,0 +1,95 @@
+"""The denoiser that a training starts from: a new one, or that of a saved pipeline for fine-tuning."""
+
+import argparse
+
+from ..pipeline_pet_diffusion import PetDiffusionPipeline
+from ..scheduling_adaptive_edm import AdaptiveEDMScheduler
+from ..transformer_pet import PRESETS, PetTransformer2DModel, frequency_variances
+from .data import ImageDataset
+
+
+def create_denoiser(
+    args: argparse.Namespace,
+    pretrained: PetDiffusionPipeline | None,
+    train_set: ImageDataset,
+) -> tuple[PetTransformer2DModel, AdaptiveEDMScheduler]:
+    """Creates the denoiser of a training, and the scheduler of its noise levels.
+
+    Args:
+        args (`argparse.Namespace`): the options of `train_pet.py`.
+        pretrained ([`PetDiffusionPipeline`], *optional*): the saved pipeline to start from.
+        train_set ([`ImageDataset`]): the images to train on.
+
+    Raises:
+        ValueError: if the saved model does not fit the images, as in [`adapt_model`].
+    """
+    resolution = train_set.images.shape[-1]
+    draw = {"adaptive": args.noise_schedule == "adaptive", "p_mean": args.p_mean, "p_std": args.p_std}
+    if pretrained is not None:
+        transformer = adapt_model(pretrained, train_set.class_names, resolution).train()
+        return transformer, AdaptiveEDMScheduler.from_config(pretrained.scheduler.config, **draw)
+    scheduler = AdaptiveEDMScheduler(prediction_type=args.prediction_type, **draw)
+    config = {
+        "sample_size": resolution,
+        "num_classes": len(train_set.class_names),
+        "sigma_data": scheduler.config.sigma_data,
+        "prediction_type": args.prediction_type,
+        **args.model_config,
+    }
+    if args.frequency_preconditioning and "frequency_variances" not in config:
+        patch_size = config.get("patch_size", PRESETS[args.preset]["patch_size"])
+        config["frequency_variances"] = frequency_variances(train_set.images, patch_size)
+    return PetTransformer2DModel.from_preset(args.preset, **config), scheduler
+
+
+def adapt_model(
+    pipeline: PetDiffusionPipeline, class_names: list[str], resolution: int
+) -> PetTransformer2DModel:
+    """Returns the model of a saved pipeline, adapted to classes and an image size for further training.
+
+    Classes that the pipeline knows by name keep their embedding, as does the null class. New classes start as
+    in a new model. If the pipeline knows no names, the number of classes must stay the same, and so does
+    their order. Positions span the same range on images of any size.
+
+    Args:
+        pipeline ([`PetDiffusionPipeline`]): the saved pipeline.
+        class_names (`list[str]`): the names of the classes, in the order of their labels.
+        resolution (`int`): the height and width of the images.
+
+    Returns:
+        [`PetTransformer2DModel`]: the pipeline's own model if nothing has to change.
+
+    Raises:
+        ValueError: if the pipeline knows no names and has another number of classes, or is not for RGB
+            images.
+    """
+    transformer = pipeline.transformer
+    config = transformer.config
+    if config.in_channels != 3:
+        raise ValueError(f"Images are read in RGB, but the saved model has {config.in_channels} channels.")
+    num_classes = config.num_classes
+    known = {pipeline.id2label[index]: index for index in range(num_classes) if index in pipeline.id2label}
+    if not known and num_classes != len(class_names):
+        raise ValueError(
+            f"The saved model has {num_classes} classes without names, but --classes names "
+            f"{len(class_names)}."
+        )
+    same_classes = not known or (num_classes == len(class_names) and list(known) == class_names)
+    if same_classes and resolution == config.sample_size:
+        return transformer
+    adapted = type(transformer).from_config(
+        config,
+        num_classes=len(class_names),
+        sample_size=resolution,
+        interpolation_scale=config.interpolation_scale * resolution / config.sample_size,
+    )
+    weights = transformer.state_dict()
+    if not same_classes:
+        rows = adapted.class_embedding.weight.detach().clone()
+        rows[-1] = weights["class_embedding.weight"][-1]
+        for row, name in enumerate(class_names):
+            if name in known:
+                rows[row] = weights["class_embedding.weight"][known[name]]
+        weights["class_embedding.weight"] = rows
+    adapted.load_state_dict(weights)
+    return adapted

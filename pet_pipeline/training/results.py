@@ -1,0 +1,134 @@
+"""What a training measures and leaves behind: validation losses, pictures, and the pipeline with its card."""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+
+from ..evaluation.metrics import validation_loss
+from ..pipeline_pet_diffusion import PetDiffusionPipeline
+from ..publishing.card import TrainingReport, render_model_card
+from ..publishing.push import EVALUATION_FILES
+from ..visualization import denoising_strip, loss_curves, sample_grid, step_comparison
+from .checkpointing import TrainingState, save_pipeline
+from .data import ImageDataset
+from .hardware import device_name
+from .log import TrainingLog
+
+
+@dataclass
+class TrainingResults:
+    """Measures and saves the averaged weights of a training; each method does nothing on other processes.
+
+    Args:
+        args (`argparse.Namespace`): the options of `train_pet.py`.
+        accelerator (`Accelerator`): the processes of the training.
+        state ([`TrainingState`]): the progress of the training.
+        log ([`TrainingLog`]): the log of the training.
+        ema (`EMAModel`): the averaged weights.
+        pipeline ([`PetDiffusionPipeline`]): a pipeline that the averaged weights are copied into.
+        model_card (`Path`): the template of the model card.
+        train_set ([`ImageDataset`]), held_out_set ([`ImageDataset`]): the two parts of the data set.
+    """
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    state: TrainingState
+    log: TrainingLog
+    ema: EMAModel
+    pipeline: PetDiffusionPipeline
+    model_card: Path
+    train_set: ImageDataset
+    held_out_set: ImageDataset
+    validation_losses: dict[int, float] = field(default_factory=dict)  # by step
+
+    def __post_init__(self) -> None:
+        self.output_dir = Path(self.args.output_dir)
+        self.validation_set = self.held_out_set.first(self.args.validation_images)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def update_pipeline(self) -> PetDiffusionPipeline:
+        """Copies the averaged weights into the pipeline, and returns the pipeline."""
+        self.ema.copy_to(self.pipeline.transformer.parameters())
+        return self.pipeline
+
+    def measure(self) -> None:
+        """Validates and draws pictures if they are due after this step; a resumed training repeats both."""
+        if self.state.step % self.args.validation_steps == 0:
+            self.validate()
+        if self.state.step % self.args.preview_steps == 0:
+            self.preview()
+
+    def validate(self) -> None:
+        """Measures the averaged weights on held-out images, and saves them as `best` if they are the best."""
+        if not self.accelerator.is_main_process:
+            return
+        pipeline = self.update_pipeline()
+        with self.accelerator.autocast():
+            errors = validation_loss(
+                pipeline.transformer, pipeline.scheduler, self.validation_set, self.args.train_batch_size
+            )
+        loss = self.validation_losses[self.state.step] = sum(errors.values()) / len(errors)
+        by_level = {f"validation/sigma_{sigma:.3g}": error for sigma, error in errors.items()}
+        self.log.write({"validation/loss": loss, **by_level})
+        self.accelerator.print(
+            f"step {self.state.step:,}, {self.state.images:,} images, validation loss {loss:.4f}"
+        )
+        if loss < self.state.best_loss or not (self.output_dir / "best").exists():
+            self.state.best_loss = loss
+            save_pipeline(pipeline, self.output_dir / "best")
+
+    def preview(self) -> None:
+        """Draws samples and a denoising strip from the averaged weights."""
+        if not self.accelerator.is_main_process:
+            return
+        pipeline, step = self.update_pipeline(), self.state.step
+        with self.accelerator.autocast():
+            grid = sample_grid(pipeline, self.args.preview_images, self.args.seed)
+            strip = denoising_strip(pipeline, self.args.seed)
+        self.log.write_picture("samples", grid, f"samples-{step:06}.png")
+        self.log.write_picture("denoising", strip, f"denoising-{step:06}.png")
+
+    def save(self) -> None:
+        """Saves the pipeline of the averaged weights with samples and its model card."""
+        if not self.accelerator.is_main_process:
+            return
+        pipeline = self.update_pipeline()
+        save_pipeline(pipeline, self.output_dir)
+        for name in EVALUATION_FILES:  # of earlier weights
+            (self.output_dir / name).unlink(missing_ok=True)
+        sample_grid(pipeline, num_images=8, seed=0).save(self.output_dir / "samples.png")
+        report = TrainingReport(
+            dataset_name=self.args.dataset_name,
+            options=vars(self.args),
+            num_train_images=len(self.train_set),
+            num_held_out_images=len(self.held_out_set),
+            num_validation_images=len(self.validation_set),
+            num_steps=self.state.step,
+            num_images_seen=self.state.images,
+            seconds=self.state.seconds,
+            device=device_name(self.accelerator),
+            precision=self.accelerator.mixed_precision,
+            base_model=self.args.pretrained_model_name_or_path,
+            validation_loss=self.validation_losses.get(self.state.step),
+        )
+        card = render_model_card(self.output_dir, self.model_card, pipeline, report)
+        (self.output_dir / "README.md").write_text(card, encoding="utf-8")
+
+    def finish(self) -> None:
+        """Measures the last weights, draws the last pictures, and saves the pipeline."""
+        self.validate()
+        self.preview()
+        if not self.accelerator.is_main_process:
+            return
+        pipeline = self.update_pipeline()
+        with self.accelerator.autocast():
+            comparison = step_comparison(pipeline, seed=self.args.seed)
+        self.log.write_picture("step_comparison", comparison, "step-comparison.png")
+        self.log.write_picture("curves", loss_curves(self.log.metrics_path), "curves.png")
+        self.save()
+        self.accelerator.print(
+            f"Saved the pipeline in {self.output_dir}; its pictures are in {self.log.samples_dir}."
+        )
