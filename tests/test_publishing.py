@@ -513,12 +513,28 @@ def test_deeply_nested_json_is_refused(hub, saved, capsys):
         ("transformer/config.json", "[]", "must hold a JSON object"),
         ("README.md", "---\nlicense: [\n---\n", "The metadata of .* are not valid"),
         ("README.md", "---\nlicense: ''\n---\n", "not metadata"),  # known to the Hub alone
+        ("README.md", "---\nlicense:\n---\n", "not metadata"),
+        ("README.md", "---\na: " + 5000 * "[" + 5000 * "]" + "\n---\n", "The metadata of .* are not valid"),
         ("README.md", b"\xff", "must be UTF-8"),
     ],
 )
 def test_a_push_that_is_refused_creates_no_repository(hub, saved, capsys, name, content, message):
     (saved / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     push_is_refused(saved, hub, capsys, message)
+
+
+def test_a_push_without_a_message_is_refused(hub, saved):
+    with pytest.raises(ValueError, match="`commit_message` must not be empty"):
+        push_folder(saved, "pets", commit_message=" ")
+    assert not hub.requests
+
+
+def test_a_card_of_many_marks_takes_no_time(saved):
+    (saved / "evaluation.json").write_text(json.dumps(RECORD))
+    (saved / "README.md").write_text(100_000 * "<!-- evaluation -->\n")
+    began = time.monotonic()
+    published_content(saved, "README.md", "user/pets")
+    assert time.monotonic() - began < 20
 
 
 def test_files_that_cannot_be_read_are_refused(hub, saved, capsys, monkeypatch):

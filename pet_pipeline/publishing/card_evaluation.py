@@ -1,6 +1,5 @@
 """Puts the measurements of `pet-pipeline evaluate` into a model card."""
 
-import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from .folder import read_json
 
 TASK = "unconditional-image-generation"  # the Hub has no name for class-conditional generation
 # A card shows its evaluation between these marks, which the Hub does not display.
-EVALUATION_PART = re.compile(r"(<!-- evaluation -->\n).*?(<!-- end of evaluation -->)", re.DOTALL)
+EVALUATION_START, EVALUATION_END = "<!-- evaluation -->\n", "<!-- end of evaluation -->"
 # How a card describes the settings of an evaluation.
 SETTING_PHRASES = {
     "seed": "seeds from {} on",
@@ -99,7 +98,9 @@ def add_evaluation(card: ModelCard, record: dict[str, Any], model_name: str) -> 
         if name in measures
     ]
     section = evaluation_section(record)
-    card.text = EVALUATION_PART.sub(lambda match: f"{match[1]}{section}\n{match[2]}", card.text)
+    before, _, rest = card.text.partition(EVALUATION_START)
+    after = rest.partition(EVALUATION_END)[2]
+    card.text = f"{before}{EVALUATION_START}{section}\n{EVALUATION_END}{after}"
 
 
 def evaluation_section(record: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo, SpaceInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 
 def hub_client(token: str | None = None) -> HfApi:
@@ -44,6 +44,20 @@ def full_repo_id(repo_id: str, api: HfApi) -> str:
     """Returns `"USER/NAME"` for the `"NAME"` of a repository of the token's owner."""
     validate_repo_id(repo_id)
     return repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+
+
+def check_card(text: str, api: HfApi) -> None:
+    """Asks the Hub whether it accepts the metadata of a model card, as every commit does.
+
+    Raises:
+        HfHubHTTPError: if the Hub does not accept the metadata.
+    """
+    response = get_session().post(
+        f"{api.endpoint}/api/validate-yaml",
+        json={"repoType": "model", "content": text},
+        headers=build_hf_headers(token=api.token),
+    )
+    hf_raise_for_status(response)
 
 
 def create_repository(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard
 
-from .card_evaluation import EVALUATION_PART, add_evaluation, read_evaluation
-from .client import create_repository, full_repo_id, hub_client, hub_id, readable_errors
+from .card_evaluation import EVALUATION_END, EVALUATION_START, add_evaluation, read_evaluation
+from .client import check_card, create_repository, full_repo_id, hub_client, hub_id, readable_errors
 from .folder import path_inside, published_files, read_json, read_text, write_json
 
 
@@ -39,9 +39,11 @@ def push_folder(
 
     Raises:
         ValueError: if the folder is not a complete pipeline of safetensors, if its card or its evaluation is
-            not valid, or for the reasons of [`create_repository`].
+            not valid, if the commit message is empty, or for the reasons of [`create_repository`].
         OSError: if a file cannot be read, if the Hub cannot be reached, or if the Hub refuses the push.
     """
+    if not commit_message.strip():
+        raise ValueError("`commit_message` must not be empty.")
     files = published_files(folder)
     folder, api = Path(folder), hub_client(token)
     with readable_errors(repo_id, api):
@@ -51,7 +53,7 @@ def push_folder(
     ]
     if "README.md" in files:
         with readable_errors(repo_id, api):
-            ModelCard(published_card(folder, repo_id)).validate()
+            check_card(published_card(folder, repo_id), api)
     info = create_repository(repo_id, private, token)
     folders = {name.rpartition("/")[0] for name in files} - {""}
     for sibling in info.siblings or []:
@@ -98,7 +100,7 @@ def published_card(folder: Path, repo_id: str) -> str:
     record = read_evaluation(evaluation) if evaluation.is_file() else None
     try:
         card = ModelCard(text)
-        if record is None or not EVALUATION_PART.search(text):
+        if record is None or EVALUATION_START not in text or EVALUATION_END not in text:
             return text
         add_evaluation(card, record, repo_id)
         return card.content
