@@ -15,6 +15,7 @@ import torch
 from conftest import random_model
 from diffusers import DDPMScheduler, EDMEulerScheduler, SchedulerMixin
 from diffusers.guiders import ClassifierFreeGuidance
+from support.loading import DRAW, GENERIC, INSTALLED, ROOT, image_sum
 
 from pet_pipeline import (
     AdaptiveEDMScheduler,
@@ -24,24 +25,6 @@ from pet_pipeline import (
     component_checks,
 )
 from pet_pipeline.transformer_pet import PRESETS
-
-
-ROOT = Path(__file__).parent.parent
-GENERIC = """
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained({!r}, trust_remote_code=True)
-"""
-INSTALLED = """
-from pet_pipeline import PetDiffusionPipeline
-pipe = PetDiffusionPipeline.from_pretrained({!r})
-"""
-DRAW = """
-import torch
-pipe.set_progress_bar_config(disable=True)
-print(type(pipe).__module__, type(pipe.transformer).__module__)
-generator = torch.Generator().manual_seed(0)
-print(pipe("dog", 3, generator=generator, output_type="pt").images.double().sum().item())
-"""
 
 
 def run(code: str, tmp_path: Path, with_package: bool) -> subprocess.CompletedProcess:
@@ -75,11 +58,6 @@ def saved_again(tmp_path_factory) -> tuple[Path, str]:
 def saved(pipeline, tmp_path) -> Path:
     pipeline.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-def image_sum(pipeline) -> float:
-    generator = torch.Generator().manual_seed(0)
-    return pipeline("dog", 3, generator=generator, output_type="pt").images.double().sum().item()
 
 
 def test_a_saved_folder_has_weights_code_and_json_only(saved):

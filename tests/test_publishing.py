@@ -25,8 +25,8 @@ from huggingface_hub import ModelCard, snapshot_download
 from packaging.requirements import Requirement
 from PIL import Image
 from support.hub_server import HubServer
+from support.loading import DRAW, GENERIC, INSTALLED, ROOT, image_sum
 from support.training_process import train
-from test_loading import DRAW, GENERIC, INSTALLED, ROOT, image_sum
 
 import train_pet
 from pet_pipeline import PetDiffusionPipeline
