@@ -4,8 +4,7 @@ Patch embedding and fixed 2D sinusoidal positions feed a stack of blocks, each a
 (Katharopoulos et al. 2020) and a gated feed-forward with a depth-wise convolution (Shi 2023, "TransNeXt"),
 both modulated by the noise level and the class through adaLN-zero (Peebles and Xie 2022, "DiT"). The output
 is the sum of a direct linear path from the tokens to the pixels and of a convolutional decoder that refines
-it at patch resolution. Where the mean squares of the data's frequencies are known, all of this learns only
-what they do not tell: see `frequency_variances`.
+it. With `frequency_variances`, the network learns only what the best linear denoiser does not know.
 
 This file travels inside every saved checkpoint: it imports PyTorch, diffusers and the standard library only.
 """
@@ -51,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# Smallest and largest value of each argument.
+# Smallest and largest value of each argument. The installed package also limits the memory of a loaded model.
 RANGES: dict[str, tuple[float, float]] = {
     "sample_size": (1, 1e9),
     "in_channels": (1, 1e9),
@@ -75,17 +74,17 @@ class PetAttention(nn.Module):
     r"""Multi-head attention over a grid of tokens, linear in their number.
 
     Per head, with $\phi$ = ReLU and RMS-normalised keys (Katharopoulos et al. 2020, equation 5):
-    $o_i = \phi(q_i)^T \sum_j \phi(k_j) v_j^T \, / \, \phi(q_i)^T \sum_j \phi(k_j)$. Queries need no
-    normalisation, as their length cancels. A 3×3 depth-wise convolution of the values is added to the output:
-    it restores the locality that linear attention lacks (Han et al. 2023, "FLatten Transformer"). The sums
-    are kept in float32.
+    $o_i = \phi(q_i)^T \sum_j \phi(k_j) v_j^T \, / \, \phi(q_i)^T \sum_j \phi(k_j)$. Queries are not
+    normalised, because their length cancels. A 3×3 depth-wise convolution of the values is added to the
+    output and restores the locality that linear attention lacks (Han et al. 2023, "FLatten Transformer"). The
+    sums are kept in float32.
 
     Args:
         dim (`int`): channels of the tokens.
         num_attention_heads (`int`): heads.
         attention_head_dim (`int`): channels of each head.
-        attention_type (`str`): `"linear"`, or `"softmax"` for scaled dot-product attention in the same block,
-            there with normalised queries too.
+        attention_type (`str`): `"linear"`, or `"softmax"` for scaled dot-product attention with normalised
+            queries and keys.
         dropout (`float`): dropout on the output.
     """
 
@@ -112,7 +111,7 @@ class PetAttention(nn.Module):
     ) -> torch.Tensor:
         """Attends over `hidden_states` of shape `(batch, height * width, dim)`; returns the same shape.
 
-        `perturbed`: each token attends to itself alone, see [`PetTransformer2DModel.forward`].
+        If `perturbed` is true, each token attends only to itself; see [`PetTransformer2DModel.forward`].
         """
         value = self.to_v(hidden_states)  # (N, T, H*D)
         local = grid_to_tokens(self.conv_v(tokens_to_grid(value, height, width)))
@@ -154,10 +153,10 @@ def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     Returns:
         `torch.Tensor` of the shape of `value`, in float32.
     """
-    # A sum over many tokens would lose its small terms in 16 bits.
+    # In 16 bits, a sum over many tokens would lose its small terms.
     with without_autocast(query.device.type):
         query, key, value = F.relu(query.float()), F.relu(key.float()), value.float()
-        # Means instead of sums: the same ratio, at any number of tokens in range.
+        # Means give the same ratio as sums, and stay in range for any number of tokens.
         state = torch.einsum("nthd,nthe->nhde", key, value) / key.shape[1]
         normaliser = torch.einsum("nthd,nhd->nth", query, key.mean(1)).unsqueeze(-1)
         return torch.einsum("nthd,nhde->nthe", query, state) / (normaliser + 1e-6)
@@ -166,7 +165,8 @@ def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 class PetFeedForward(nn.Module):
     """Gated feed-forward with a 3×3 depth-wise convolution of its gate (Shi 2023, "TransNeXt").
 
-    Against SANA's GLU-MBConv, which convolves both halves, it trained faster per second and per image here.
+    In this project it trained faster, per second and per image, than SANA's GLU-MBConv, which convolves both
+    halves.
 
     Args:
         dim (`int`): channels of the tokens.
@@ -196,7 +196,7 @@ class PetTransformerBlock(nn.Module):
         num_attention_heads (`int`), attention_head_dim (`int`), attention_type (`str`), dropout (`float`):
             see [`PetTransformer2DModel`].
         feed_forward_dim (`int`): channels of the gated product in the feed-forward.
-        long_skip (`bool`): whether the block takes the output of an earlier block beside its input.
+        long_skip (`bool`): whether the block also takes the output of an earlier block.
     """
 
     def __init__(
@@ -257,8 +257,9 @@ class PetResidualBlock(nn.Module):
 class PetDecoder(nn.Module):
     """Residual convolutional decoder from tokens to pixels, beside the model's direct linear path.
 
-    It works at half the image's resolution where the patch size is even (full-resolution convolutions cost as
-    much as the whole trunk) and takes, beside the tokens, a skip from the noisy image itself.
+    The decoder takes the tokens and a skip connection from the noisy image. If the patch size is even, it
+    works at half the resolution of the image, because full-resolution convolutions cost as much as the whole
+    trunk.
 
     Args:
         dim (`int`): channels of the tokens.
@@ -279,7 +280,7 @@ class PetDecoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, in_channels * self.pixel_factor**2, 3, padding=1)
 
     def forward(self, tokens: torch.Tensor, image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Decodes `(batch, height * width, dim)` tokens, beside the noisy image, to an image of its shape."""
+        """Decodes `(batch, height * width, dim)` tokens and the noisy image to an image of the same shape."""
         hidden_states = tokens_to_grid(self.proj_in(tokens), height, width)
         hidden_states = F.pixel_shuffle(hidden_states, self.token_factor)
         hidden_states = hidden_states + self.conv_skip(F.pixel_unshuffle(image, self.pixel_factor))
@@ -412,9 +413,9 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     Class `num_classes` is the null class of classifier-free guidance (Ho and Salimans 2022).
 
     Args:
-        sample_size (`int`, defaults to 32): height and width of the training images in pixels. Other
-            multiples of the patch size can be denoised too: positions are computed, and the grid of any image
-            spans those of the training grid.
+        sample_size (`int`, defaults to 32): height and width of the training images in pixels. Images of
+            other multiples of the patch size can be denoised too, because positions are computed: the grid of
+            any image spans the range of the training grid.
         in_channels (`int`, defaults to 3): channels of the noisy image and of the prediction.
         num_classes (`int`, defaults to 2): classes, the null class not counted.
         patch_size (`int`, defaults to 4): pixels per token side; must divide `sample_size`.
@@ -432,17 +433,15 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             path.
         dropout (`float`, defaults to 0.0): dropout inside the blocks.
         frequency_variances (`list[float]`, *optional*): mean square of each cosine coefficient of the data's
-            patches, `in_channels * patch_size**2` of them, as the function of the same name measures them.
-            Given them, the layers see every frequency at unit variance, and their output is scaled to, and
-            added to, the estimate that is best for Gaussian data of these variances: the preconditioning of
-            EDM, with a variance for each frequency in place of one for all. Without them the images go in and
-            out as they are.
-        sigma_data (`float`, defaults to 0.5): the scheduler's; only `frequency_variances` needs to know it.
-        prediction_type (`str`, defaults to `"epsilon"`): the scheduler's, `"epsilon"` or `"v_prediction"`;
-            likewise.
-        interpolation_scale (`float`, defaults to 1.0): what positions are divided by. A model that was
-            trained at one size and goes on at another has their ratio here, so that the positions span the
-            range that it knows.
+            patches, `in_channels * patch_size**2` values, which the function of the same name measures. With
+            them, the layers see every frequency at unit variance, and their scaled output is added to the
+            best estimate for Gaussian data of these variances. This is the preconditioning of EDM with one
+            variance for each frequency instead of one for all. Without them, images are not transformed.
+        sigma_data (`float`, defaults to 0.5): `sigma_data` of the scheduler; used by `frequency_variances`.
+        prediction_type (`str`, defaults to `"epsilon"`): `prediction_type` of the scheduler, `"epsilon"` or
+            `"v_prediction"`; used by `frequency_variances`.
+        interpolation_scale (`float`, defaults to 1.0): divisor of the positions. If training continues at
+            another image size, the ratio of the sizes keeps the positions in the range that the model knows.
 
     Raises:
         ValueError: if an argument is out of range; the message names it.
@@ -480,8 +479,8 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         inner_dim = num_attention_heads * attention_head_dim
         self.gradient_checkpointing = False
 
-        # Positions are added in `forward`: as a buffer they would be rounded by `.to(torch.bfloat16)`, but
-        # not by loading in that precision.
+        # Positions are added in `forward`. A buffer would be rounded by `.to(torch.bfloat16)`, but not by
+        # loading in that precision.
         self.patch_embed = PatchEmbed(
             sample_size, sample_size, patch_size, in_channels, embed_dim=inner_dim, pos_embed_type=None
         )
@@ -568,8 +567,8 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.patch_embed.proj.bias)
-        # Classes start as far apart as noise levels are: from a tiny start the model takes long to tell them
-        # apart. The null class starts between them.
+        # Classes start as far apart as noise levels, because a model that starts with similar classes takes
+        # long to distinguish them. The null class starts between the classes.
         nn.init.normal_(self.class_embedding.weight, std=0.5)
         nn.init.zeros_(self.class_embedding.weight[-1])
         for block in self.transformer_blocks:
@@ -604,9 +603,9 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         With $\lambda$ of `frequency_variances` and $\sigma = e^{4 c_{noise}}$, the layers are given
         $x / \sqrt{\lambda + \sigma^2}$, and the denoised image is the best linear estimate
         $x \lambda / (\lambda + \sigma^2)$ (Wiener 1949) plus their output times
-        $\sigma \sqrt{\lambda / (\lambda + \sigma^2)}$, the error of that estimate on Gaussian data. Here all
-        are expressed by $c_{in} x$ and in $F$, as they are for EDM with $\sigma_d$ = `sigma_data`. Where all
-        $\lambda = \sigma_d^2$ nothing changes.
+        $\sigma \sqrt{\lambda / (\lambda + \sigma^2)}$, the error of that estimate on Gaussian data. The scales
+        apply to $c_{in} x$ and $F$ of EDM with $\sigma_d$ = `sigma_data`. If all $\lambda = \sigma_d^2$, they
+        change nothing.
 
         Args:
             timestep (`torch.Tensor` of shape `(batch,)`): $c_{noise}$.
@@ -616,7 +615,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             output of the layers, each of shape `(batch, frequencies, 1, 1)`, float32.
         """
         variances = torch.tensor(self.config.frequency_variances, dtype=torch.float32, device=timestep.device)
-        # What does not vary in the data at all is not known better than to a fraction of a grey level.
+        # A frequency that does not vary in the data is known to a fraction of a grey level, not exactly.
         variances = variances.clamp(min=1e-6).reshape(-1, 1, 1)
         sigmas = (4 * timestep.float()).exp().reshape(-1, 1, 1, 1)
         sigma_data = self.config.sigma_data
@@ -644,16 +643,16 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             class_labels (`torch.Tensor` of shape `(batch,)` or scalar, *optional*): integers in
                 [0, num_classes]; `num_classes`, or `None`, is the null class.
             return_dict (`bool`, defaults to `True`): return a `Transformer2DModelOutput` instead of a tuple.
-            perturbed_layers (`list[int]`, *optional*): blocks, counted from 0, whose attention map is
-                replaced by the identity, so that they do not see the image as a whole: the worse prediction
-                of perturbed-attention guidance (Ahn et al. 2024, arXiv:2403.17377, section 4).
+            perturbed_layers (`list[int]`, *optional*): indices of blocks whose attention map is replaced by
+                the identity, so that these blocks do not see the image as a whole. The result is the worse
+                prediction of perturbed-attention guidance (Ahn et al. 2024, arXiv:2403.17377, section 4).
 
         Returns:
             `Transformer2DModelOutput` or `tuple`: `sample` of shape `(batch, in_channels, height, width)`.
 
         Raises:
-            ValueError: if the image does not have the model's channels or is not a whole number of patches,
-                or a perturbed layer is not there.
+            ValueError: if the image has another number of channels or is not a whole number of patches, or a
+                perturbed layer does not exist.
         """
         batch, channels, image_height, image_width = hidden_states.shape
         patch_size = self.config.patch_size
@@ -675,7 +674,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             hidden_states = restore_patches(coefficients * scale_in, dct, patch_size).to(hidden_states.dtype)
         image = hidden_states
 
-        # c_noise spans about [-1.6, 1.1]: frequencies from 0.25 to 25 radians per unit resolve it without
+        # c_noise spans about [-1.6, 1.1]. Frequencies from 0.25 to 25 radians per unit resolve it without
         # aliasing.
         frequencies = get_timestep_embedding(
             timestep, 256, downscale_freq_shift=0, scale=25.0, max_period=100
@@ -709,7 +708,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if self.config.long_skips and index < num_layers // 2:
                 skips.append(hidden_states)
 
-        # `.to`: a device map may put what meets here on several devices.
+        # `.to`: a device map may have put these tensors on several devices.
         hidden_states = self.norm_out(hidden_states)
         modulation = self.modulation_out(F.silu(conditioning)).to(hidden_states.device)
         shift, scale = modulation.unsqueeze(1).chunk(2, dim=-1)
