@@ -603,9 +603,9 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         With $\lambda$ of `frequency_variances` and $\sigma = e^{4 c_{noise}}$, the layers are given
         $x / \sqrt{\lambda + \sigma^2}$, and the denoised image is the best linear estimate
         $x \lambda / (\lambda + \sigma^2)$ (Wiener 1949) plus their output times
-        $\sigma \sqrt{\lambda / (\lambda + \sigma^2)}$, the error of that estimate on Gaussian data. The scales
-        apply to $c_{in} x$ and $F$ of EDM with $\sigma_d$ = `sigma_data`. If all $\lambda = \sigma_d^2$, they
-        change nothing.
+        $\sigma \sqrt{\lambda / (\lambda + \sigma^2)}$, the error of that estimate on Gaussian data. The
+        scales apply to $c_{in} x$ and $F$ of EDM with $\sigma_d$ = `sigma_data`. If all $\lambda =
+        \sigma_d^2$, they change nothing.
 
         Args:
             timestep (`torch.Tensor` of shape `(batch,)`): $c_{noise}$.

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -227,7 +228,8 @@ def run_command(words: list[str]) -> tuple[int, str]:
             code = main(words)
         except SystemExit as exit_info:
             code = exit_info.code
-    return code, error.getvalue()
+    # A progress bar overwrites itself; on a slow machine it writes more often.
+    return code, re.sub(r"[^\n]*\r", "", error.getvalue())
 
 
 @pytest.mark.parametrize(
