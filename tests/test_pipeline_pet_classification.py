@@ -20,6 +20,7 @@ from pet_pipeline import (
 from pet_pipeline.pipeline_pet_classification import (
     BAND_RANGE,
     NUM_BANDS,
+    class_scores,
     still_possible,
     stopping_bounds,
     t_statistic,
@@ -240,6 +241,14 @@ def test_classes_are_given_up_in_stages():
     scores = [-(errors[label] - errors[2])[:count].mean() for label, count in enumerate(draws)]
     expected = torch.stack(scores).softmax(0).tolist()
     assert list(output.probabilities[0].values()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_class_is_more_probable_than_the_best():
+    # Class 0 was given up for class 2, which is given up for class 1, although class 0 was ahead of class 1.
+    nan = torch.nan
+    errors = torch.tensor([[[1.0, 1.0, nan, nan], [2.0, 2.0, 0.0, 0.0], [0.0, 0.0, 2.0, 4.0]]])
+    scores, best = class_scores(errors, torch.tensor([[False, True, True]]))
+    assert best.tolist() == [1] and scores.tolist() == [[0.0, 0.0, -0.5]]
 
 
 def test_levels_are_stratified_at_every_look():
