@@ -21,6 +21,7 @@ from pet_pipeline.pipeline_pet_classification import (
     BAND_RANGE,
     NUM_BANDS,
     class_scores,
+    eight_bit_image,
     still_possible,
     stopping_bounds,
     t_statistic,
@@ -356,6 +357,11 @@ def test_images_of_every_kind(tmp_path, pipeline):
     output = pipe(images, num_evaluations=2)
     assert len(output.labels) == 11 and set(output.labels) <= {"cat", "dog"}
     assert pipe(images[0], num_evaluations=2, return_dict=False)[0] == output.labels[:1]
+
+
+def test_grey_levels_of_16_bits_are_scaled():
+    image = Image.fromarray(np.array([[0, 100 * 257, 65535]], dtype=np.uint16))
+    assert np.asarray(eight_bit_image(image, "L")).tolist() == [[0, 100, 255]]
 
 
 def test_images_are_cropped_at_their_centre(pipeline):

@@ -515,6 +515,7 @@ def test_from_pipe_shares_components(pipeline):
     assert other.transformer is pipeline.transformer and other.id2label == pipeline.id2label
     replaced = PetDiffusionPipeline.from_pipe(pipeline, transformer=random_model(), torch_dtype=torch.float32)
     assert replaced.dtype == torch.float32 and replaced.transformer is not pipeline.transformer
+    assert PetDiffusionPipeline.from_pipe(pipeline, transformer=random_model()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
