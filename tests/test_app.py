@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from itertools import product
 from pathlib import Path
 
 import httpx
@@ -648,6 +649,33 @@ def test_what_the_page_does_not_use_is_closed(pipeline, route):
     with serve(pipeline) as url:
         assert httpx.get(f"{url}gradio_api/{route}").status_code == 404
         assert httpx.post(f"{url}gradio_api/{route}", json={"data": []}).status_code == 404
+
+
+def test_a_job_that_does_not_exist_is_refused(pipeline, capfd):
+    changes = (
+        {"fn_index": 99},
+        {"fn_index": -1},
+        {"fn_index": 1, "data": []},  # this one cancels in the browser alone
+        {"data": []},
+        {"data": [*HEAVY, 1]},
+        {"session_hash": ""},
+    )
+    request = {"data": HEAVY, "fn_index": 0, "session_hash": "session", "event_data": None}
+    with serve(pipeline) as url:
+        for change in changes:
+            answer = httpx.post(url + "gradio_api/queue/join", json={**request, **change})
+            assert answer.status_code == 400 and "no such job" in answer.text, change
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_forged_values_are_explained_and_leave_nothing_in_the_log(pipeline, capfd):
+    with serve(pipeline) as url:
+        for index, value in product((0, 1, 2, 4, 6, 8), (None, "x", [[]], {}, 10**18, -1)):
+            join_queue(url, "generate", [*HEAVY[:index], value, *HEAVY[index + 1 :]], "session")
+            answer = listen(url, "session")
+            assert '"success":false' in answer, (index, value)
+            assert re.search("must be from|no choice|no class|at least one class", answer), (index, value)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_large_request_is_refused(pipeline):

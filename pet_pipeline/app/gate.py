@@ -105,7 +105,7 @@ class Gate:
             HTTPException: if the page has no such job, or the visitor has too many jobs already.
         """
         job = self.page.fns.get(body.fn_index)
-        if job is None or job.fn is None or len(body.data) != len(job.inputs):
+        if job is None or job.fn is None or len(body.data) != len(job.inputs) or not body.session_hash:
             raise HTTPException(400, "This page has no such job.")
         visitor = visitor_address(request.scope)
         events = self.page._queue.event_ids_to_events.values()
