@@ -30,43 +30,24 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 
+# Arguments of the two sizes; `small` has the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": {
-        "patch_size": 4,
-        "num_layers": 8,
-        "num_attention_heads": 3,
-        "attention_head_dim": 64,
-        "decoder_channels": 32,
-        "decoder_layers": 1,
-    },
-    "base": {
-        "patch_size": 2,
-        "num_layers": 10,
-        "num_attention_heads": 6,
-        "attention_head_dim": 64,
-        "decoder_channels": 64,
-        "decoder_layers": 2,
-    },
+    "small": dict(patch_size=4, num_layers=8, num_attention_heads=3, decoder_channels=32, decoder_layers=1),
+    "base": dict(patch_size=2, num_layers=10, num_attention_heads=6, decoder_channels=64, decoder_layers=2),
 }
-
 
 # Smallest and largest value of each argument. The installed package also limits the memory of a loaded model.
-RANGES: dict[str, tuple[float, float]] = {
-    "sample_size": (1, 1e9),
-    "in_channels": (1, 1e9),
-    "num_classes": (1, 1e9),
-    "patch_size": (1, 1e9),
+SIZES = ("sample_size", "in_channels", "num_classes", "patch_size")
+WIDTHS = ("num_attention_heads", "attention_head_dim", "decoder_channels")
+INTEGERS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys((*SIZES, *WIDTHS), (1, 1e9)),
     "num_layers": (1, 1000),
-    "num_attention_heads": (1, 1e9),
-    "attention_head_dim": (1, 1e9),
-    "decoder_channels": (1, 1e9),
     "decoder_layers": (0, 1000),
-    "feed_forward_ratio": (1e-3, 1e3),
-    "dropout": (0, 0.999),
-    "sigma_data": (1e-3, 1e3),
-    "interpolation_scale": (1e-3, 1e3),
 }
-NUMBERS = ("feed_forward_ratio", "dropout", "sigma_data", "interpolation_scale")
+NUMBERS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("feed_forward_ratio", "sigma_data", "interpolation_scale"), (1e-3, 1e3)),
+    "dropout": (0, 0.999),
+}
 CHOICES = {"attention_type": ("linear", "softmax"), "prediction_type": ("epsilon", "v_prediction")}
 
 
@@ -77,15 +58,7 @@ class PetAttention(nn.Module):
     $o_i = \phi(q_i)^T \sum_j \phi(k_j) v_j^T \, / \, \phi(q_i)^T \sum_j \phi(k_j)$. Queries are not
     normalised, because their length cancels. A 3×3 depth-wise convolution of the values is added to the
     output and restores the locality that linear attention lacks (Han et al. 2023, "FLatten Transformer"). The
-    sums are kept in float32.
-
-    Args:
-        dim (`int`): channels of the tokens.
-        num_attention_heads (`int`): heads.
-        attention_head_dim (`int`): channels of each head.
-        attention_type (`str`): `"linear"`, or `"softmax"` for scaled dot-product attention with normalised
-            queries and keys.
-        dropout (`float`): dropout on the output.
+    sums are kept in float32. `"softmax"` is scaled dot-product attention, with normalised queries and keys.
     """
 
     def __init__(
@@ -147,11 +120,7 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """ReLU linear attention in float32 (Katharopoulos et al. 2020, equation 5), O(T·D²) instead of O(T²·D).
 
-    Args:
-        query, key, value (`torch.Tensor` of shape `(batch, tokens, heads, head_dim)`): of any floating dtype.
-
-    Returns:
-        `torch.Tensor` of the shape of `value`, in float32.
+    Takes tensors of shape `(batch, tokens, heads, head_dim)` in any floating dtype; returns the same shape.
     """
     # In 16 bits, a sum over many tokens would lose its small terms.
     with without_autocast(query.device.type):
@@ -163,16 +132,7 @@ def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 class PetFeedForward(nn.Module):
-    """Gated feed-forward with a 3×3 depth-wise convolution of its gate (Shi 2023, "TransNeXt").
-
-    In this project it trained faster, per second and per image, than SANA's GLU-MBConv, which convolves both
-    halves.
-
-    Args:
-        dim (`int`): channels of the tokens.
-        inner_dim (`int`): channels of the gated product.
-        dropout (`float`): dropout before the output projection.
-    """
+    """Gated feed-forward with a 3×3 depth-wise convolution of its gate (Shi 2023, "TransNeXt")."""
 
     def __init__(self, dim: int, inner_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -191,12 +151,7 @@ class PetFeedForward(nn.Module):
 class PetTransformerBlock(nn.Module):
     """Attention and feed-forward, each modulated and gated by the conditioning (adaLN-zero).
 
-    Args:
-        dim (`int`): channels of the tokens.
-        num_attention_heads (`int`), attention_head_dim (`int`), attention_type (`str`), dropout (`float`):
-            see [`PetTransformer2DModel`].
-        feed_forward_dim (`int`): channels of the gated product in the feed-forward.
-        long_skip (`bool`): whether the block also takes the output of an earlier block.
+    With `long_skip`, the block also takes the output of an earlier block.
     """
 
     def __init__(
@@ -227,7 +182,7 @@ class PetTransformerBlock(nn.Module):
         perturbed: bool = False,
     ) -> torch.Tensor:
         """Maps `(batch, height * width, dim)` to the same shape, given `(batch, dim)` of conditioning."""
-        if skip_states is not None:
+        if self.skip_proj is not None and skip_states is not None:
             hidden_states = self.skip_proj(torch.cat([hidden_states, skip_states], dim=-1))
         modulation = self.modulation(F.silu(conditioning)).unsqueeze(1)  # (N, 1, 6D)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
@@ -257,16 +212,8 @@ class PetResidualBlock(nn.Module):
 class PetDecoder(nn.Module):
     """Residual convolutional decoder from tokens to pixels, beside the model's direct linear path.
 
-    The decoder takes the tokens and a skip connection from the noisy image. If the patch size is even, it
-    works at half the resolution of the image, because full-resolution convolutions cost as much as the whole
-    trunk.
-
-    Args:
-        dim (`int`): channels of the tokens.
-        in_channels (`int`): channels of the image.
-        patch_size (`int`): pixels per token side.
-        channels (`int`): width of the decoder.
-        num_layers (`int`): residual blocks.
+    With an even patch size it works at half the resolution of the image, as full-resolution convolutions
+    would cost as much as the whole trunk. A skip connection brings it the noisy image.
     """
 
     def __init__(self, dim: int, in_channels: int, patch_size: int, channels: int, num_layers: int) -> None:
@@ -297,16 +244,14 @@ def tokens_to_grid(tokens: torch.Tensor, height: int, width: int) -> torch.Tenso
 
 
 def grid_to_tokens(grid: torch.Tensor) -> torch.Tensor:
-    """`(N, C, height, width)` to `(N, height * width, C)`."""
+    """The inverse of [`tokens_to_grid`]."""
     return grid.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def dct_matrix(channels: int, patch_size: int, device: str | torch.device | None = None) -> torch.Tensor:
-    """Orthonormal cosine transform (DCT-II) of a patch over channels, rows and columns.
+    """Orthonormal cosine transform (DCT-II) of a patch over channels, rows and columns, `(K, K)` in float32.
 
-    Returns:
-        `torch.Tensor` of shape `(K, K)`, K = `channels * patch_size**2`, float32: frequencies by values, both
-        with the channel first. The transform of three channels separates brightness from colour.
+    K is `channels * patch_size**2`. The transform of three channels separates brightness from colour.
     """
     matrices = []
     for size in (channels, patch_size):
@@ -330,34 +275,6 @@ def restore_patches(coefficients: torch.Tensor, matrix: torch.Tensor, patch_size
         return F.pixel_shuffle(torch.einsum("kc,nkhw->nchw", matrix, coefficients), patch_size)
 
 
-def frequency_variances(images: torch.Tensor, patch_size: int) -> list[float]:
-    """Measures the configuration entry `frequency_variances` of [`PetTransformer2DModel`] on training images.
-
-    Args:
-        images (`torch.Tensor` of shape `(N, channels, height, width)`): uint8, or floats in [-1, 1].
-        patch_size (`int`): of the model.
-
-    Returns:
-        `list[float]`: mean squares of the patches' cosine coefficients, to four digits.
-
-    Raises:
-        ValueError: if the images are no whole number of patches.
-    """
-    height, width = images.shape[2:]
-    if not isinstance(patch_size, int) or patch_size < 1 or height % patch_size or width % patch_size:
-        raise ValueError(
-            f"`patch_size` must divide the height and width of the images, but {patch_size!r} does not "
-            f"divide {height}×{width}."
-        )
-    matrix = dct_matrix(images.shape[1], patch_size, images.device)
-    total = torch.zeros(len(matrix), dtype=torch.float64, device=images.device)
-    for batch in images.split(1000):
-        batch = batch / 127.5 - 1 if batch.dtype == torch.uint8 else batch
-        squares = transform_patches(batch, matrix, patch_size).square()
-        total += squares.mean((2, 3)).sum(0, dtype=torch.float64)
-    return [float(f"{variance:.4g}") for variance in (total / len(images)).tolist()]
-
-
 def num_groups(channels: int) -> int:
     """Groups of at least 8 channels, at most 32 of them, that divide `channels`."""
     return next(groups for groups in range(min(32, max(1, channels // 8)), 0, -1) if channels % groups == 0)
@@ -369,11 +286,11 @@ def check_config(config: FrozenDict) -> None:
     Raises:
         ValueError: if an argument is out of range; the message names it.
     """
-    for name, (low, high) in RANGES.items():
-        value = config[name]
-        kind, kind_name = ((int, float), "a number") if name in NUMBERS else (int, "an integer")
-        if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
-            raise ValueError(f"`{name}` must be {kind_name} in [{low:g}, {high:g}], but is {value!r}.")
+    for ranges, kind, kind_name in ((INTEGERS, int, "an integer"), (NUMBERS, (int, float), "a number")):
+        for name, (low, high) in ranges.items():
+            value = config[name]
+            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+                raise ValueError(f"`{name}` must be {kind_name} in [{low:g}, {high:g}], but is {value!r}.")
     for name, choices in CHOICES.items():
         if config[name] not in choices:
             raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {config[name]!r}.")
@@ -392,17 +309,14 @@ def check_config(config: FrozenDict) -> None:
         )
     num_frequencies = config.in_channels * config.patch_size**2
     variances = config.frequency_variances
-    if variances is not None:
-        if not isinstance(variances, (list, tuple)) or not all(
-            isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1e6
-            for value in variances
-        ):
-            raise ValueError("`frequency_variances` must be a list of numbers in [0, 1e6].")
-        if len(variances) != num_frequencies:
-            raise ValueError(
-                f"`frequency_variances` must have `in_channels` × `patch_size`² = {num_frequencies} "
-                f"values, but has {len(variances)}."
-            )
+    if variances is not None and not (
+        isinstance(variances, (list, tuple))
+        and len(variances) == num_frequencies
+        and all(type(value) in (int, float) and 0 <= value <= 1e6 for value in variances)
+    ):
+        raise ValueError(
+            f"`frequency_variances` must be {num_frequencies} numbers in [0, 1e6], one for each patch value."
+        )
 
 
 class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -414,32 +328,26 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     Args:
         sample_size (`int`, defaults to 32): height and width of the training images in pixels. Images of
-            other multiples of the patch size can be denoised too, because positions are computed: the grid of
-            any image spans the range of the training grid.
+            other multiples of the patch size work too: their positions span the range of the training grid.
         in_channels (`int`, defaults to 3): channels of the noisy image and of the prediction.
         num_classes (`int`, defaults to 2): classes, the null class not counted.
         patch_size (`int`, defaults to 4): pixels per token side; must divide `sample_size`.
         num_layers (`int`, defaults to 8): transformer blocks.
         num_attention_heads (`int`, defaults to 3): attention heads.
-        attention_head_dim (`int`, defaults to 64): channels per head; the tokens have heads × head_dim
-            channels.
+        attention_head_dim (`int`, defaults to 64): channels per head, so that tokens have heads × head_dim.
         attention_type (`str`, defaults to `"linear"`): `"linear"` or `"softmax"`.
-        feed_forward_ratio (`float`, defaults to 2.5): width of the gated feed-forward over the width of the
-            tokens.
+        feed_forward_ratio (`float`, defaults to 2.5): width of the feed-forward over that of the tokens.
         long_skips (`bool`, defaults to `False`): concatenate the outputs of the first half of the stack to
             the inputs of the second (U-ViT, Bao et al. 2023).
         decoder_channels (`int`, defaults to 32): width of the convolutional decoder.
-        decoder_layers (`int`, defaults to 1): residual blocks of the decoder; 0 leaves only the direct linear
-            path.
+        decoder_layers (`int`, defaults to 1): residual blocks of the decoder; with 0 there is none.
         dropout (`float`, defaults to 0.0): dropout inside the blocks.
         frequency_variances (`list[float]`, *optional*): mean square of each cosine coefficient of the data's
-            patches, `in_channels * patch_size**2` values, which the function of the same name measures. With
-            them, the layers see every frequency at unit variance, and their scaled output is added to the
-            best estimate for Gaussian data of these variances. This is the preconditioning of EDM with one
-            variance for each frequency instead of one for all. Without them, images are not transformed.
+            patches, `in_channels * patch_size**2` values that the training measures. The layers then see
+            every frequency at unit variance, and their scaled output is added to the best estimate for
+            Gaussian data: the preconditioning of EDM, with one variance for each frequency.
         sigma_data (`float`, defaults to 0.5): `sigma_data` of the scheduler; used by `frequency_variances`.
-        prediction_type (`str`, defaults to `"epsilon"`): `prediction_type` of the scheduler, `"epsilon"` or
-            `"v_prediction"`; used by `frequency_variances`.
+        prediction_type (`str`, defaults to `"epsilon"`): that of the scheduler; used by the same.
         interpolation_scale (`float`, defaults to 1.0): divisor of the positions. If training continues at
             another image size, the ratio of the sizes keeps the positions in the range that the model knows.
 
@@ -486,39 +394,27 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
         self.time_embedding = TimestepEmbedding(256, inner_dim)
         self.class_embedding = nn.Embedding(num_classes + 1, inner_dim)
+        heads = (num_attention_heads, attention_head_dim, attention_type)
+        feed_forward_dim = int(inner_dim * feed_forward_ratio)
+        # The i-th block from the end takes the output of the i-th block from the start.
+        skips = [long_skips and index >= num_layers - num_layers // 2 for index in range(num_layers)]
         self.transformer_blocks = nn.ModuleList(
-            [
-                PetTransformerBlock(
-                    inner_dim,
-                    num_attention_heads,
-                    attention_head_dim,
-                    attention_type,
-                    feed_forward_dim=int(inner_dim * feed_forward_ratio),
-                    dropout=dropout,
-                    # The i-th block from the end takes the output of the i-th block from the start.
-                    long_skip=long_skips and index >= num_layers - num_layers // 2,
-                )
-                for index in range(num_layers)
-            ]
+            [PetTransformerBlock(inner_dim, *heads, feed_forward_dim, dropout, skip) for skip in skips]
         )
         self.norm_out = nn.LayerNorm(inner_dim, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(inner_dim, 2 * inner_dim)
         self.proj_out = nn.Linear(inner_dim, patch_size**2 * in_channels)
-        self.decoder = (
-            PetDecoder(inner_dim, in_channels, patch_size, decoder_channels, decoder_layers)
-            if decoder_layers
-            else None
-        )
+        self.decoder = None
+        if decoder_layers:
+            self.decoder = PetDecoder(inner_dim, in_channels, patch_size, decoder_channels, decoder_layers)
         self.initialize_weights()
 
     @classmethod
     def from_preset(cls, preset: str, **kwargs: Any) -> "PetTransformer2DModel":
-        """Builds an untrained model of a named size.
+        """Builds an untrained model of a named size; `kwargs` override arguments of the preset.
 
         Args:
-            preset (`str`): `"small"` (patch 4, what two CPU cores can train) or `"base"` (patch 2, for a
-                GPU).
-            kwargs: further arguments of [`PetTransformer2DModel`], which override the preset's.
+            preset (`str`): `"small"` (patch 4, for two CPU cores) or `"base"` (patch 2, for a GPU).
 
         Raises:
             ValueError: if there is no such preset.
@@ -529,11 +425,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """Loads a saved model; see [`ModelMixin.from_pretrained`].
-
-        Args:
-            pretrained_model_name_or_path (`str` or `Path`): a folder or a Hub id.
-            kwargs: `use_safetensors` defaults to `True`, so that no pickle is read.
+        """Loads a saved model from safetensors; see [`ModelMixin.from_pretrained`].
 
         Raises:
             ValueError: if the file lacks weights, which would otherwise be random.
@@ -567,23 +459,19 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.patch_embed.proj.bias)
-        # Classes start as far apart as noise levels, because a model that starts with similar classes takes
-        # long to distinguish them. The null class starts between the classes.
+        # Classes that start too close are distinguished late. The null class starts between them.
         nn.init.normal_(self.class_embedding.weight, std=0.5)
         nn.init.zeros_(self.class_embedding.weight[-1])
-        for block in self.transformer_blocks:
-            nn.init.zeros_(block.modulation.weight)
-            if block.skip_proj is not None:  # at first the identity on the trunk
-                with torch.no_grad():
-                    block.skip_proj.weight.copy_(torch.eye(*block.skip_proj.weight.shape))
-        nn.init.zeros_(self.modulation_out.weight)
-        nn.init.zeros_(self.proj_out.weight)
-        if self.decoder is not None:
-            nn.init.zeros_(self.decoder.conv_out.weight)
-            nn.init.zeros_(self.decoder.conv_out.bias)
-            for block in self.decoder.blocks:
-                nn.init.zeros_(block.conv2.weight)
-                nn.init.zeros_(block.conv2.bias)
+        zeros: list[nn.Module] = [self.modulation_out, self.proj_out]
+        for module in self.modules():
+            if isinstance(module, PetTransformerBlock):
+                zeros.append(module.modulation)
+                if module.skip_proj is not None:  # at first the identity on the trunk
+                    module.skip_proj.weight.data = torch.eye(*module.skip_proj.weight.shape)
+            elif isinstance(module, (PetResidualBlock, PetDecoder)):
+                zeros.append(module.conv2 if isinstance(module, PetResidualBlock) else module.conv_out)
+        for parameter in nn.ModuleList(zeros).parameters():
+            nn.init.zeros_(parameter)
 
     def position_embedding(
         self, height: int, width: int, device: str | torch.device | None = None
@@ -604,15 +492,10 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         $x / \sqrt{\lambda + \sigma^2}$, and the denoised image is the best linear estimate
         $x \lambda / (\lambda + \sigma^2)$ (Wiener 1949) plus their output times
         $\sigma \sqrt{\lambda / (\lambda + \sigma^2)}$, the error of that estimate on Gaussian data. The
-        scales apply to $c_{in} x$ and $F$ of EDM with $\sigma_d$ = `sigma_data`. If all $\lambda =
-        \sigma_d^2$, they change nothing.
+        scales apply to $c_{in} x$ and $F$ of EDM; if all $\lambda = \sigma_d^2$, they change nothing.
 
-        Args:
-            timestep (`torch.Tensor` of shape `(batch,)`): $c_{noise}$.
-
-        Returns:
-            `tuple`: scales of the image as the input of the layers, of the image as a part of $F$, and of the
-            output of the layers, each of shape `(batch, frequencies, 1, 1)`, float32.
+        Takes $c_{noise}$ of shape `(batch,)`. Returns the scales of the image as the input of the layers, of
+        the image as a part of $F$, and of the output of the layers, `(batch, frequencies, 1, 1)`, float32.
         """
         variances = torch.tensor(self.config.frequency_variances, dtype=torch.float32, device=timestep.device)
         # A frequency that does not vary in the data is known to a fraction of a grey level, not exactly.
@@ -644,8 +527,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 [0, num_classes]; `num_classes`, or `None`, is the null class.
             return_dict (`bool`, defaults to `True`): return a `Transformer2DModelOutput` instead of a tuple.
             perturbed_layers (`list[int]`, *optional*): indices of blocks whose attention map is replaced by
-                the identity, so that these blocks do not see the image as a whole. The result is the worse
-                prediction of perturbed-attention guidance (Ahn et al. 2024, arXiv:2403.17377, section 4).
+                the identity, for perturbed-attention guidance (Ahn et al. 2024, section 4).
 
         Returns:
             `Transformer2DModelOutput` or `tuple`: `sample` of shape `(batch, in_channels, height, width)`.
@@ -656,14 +538,10 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         batch, channels, image_height, image_width = hidden_states.shape
         patch_size = self.config.patch_size
-        if channels != self.config.in_channels:
+        if channels != self.config.in_channels or image_height % patch_size or image_width % patch_size:
             raise ValueError(
-                f"`hidden_states` must have {self.config.in_channels} channels, but has {channels}."
-            )
-        if image_height % patch_size or image_width % patch_size:
-            raise ValueError(
-                f"`hidden_states` must be a multiple of the patch size {patch_size} high and wide, but is "
-                f"{image_height}×{image_width}."
+                f"`hidden_states` must have {self.config.in_channels} channels, and a height and width that "
+                f"{patch_size} divides, but is of shape {tuple(hidden_states.shape)}."
             )
         height, width = image_height // patch_size, image_width // patch_size
         timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1).expand(batch)
@@ -674,8 +552,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             hidden_states = restore_patches(coefficients * scale_in, dct, patch_size).to(hidden_states.dtype)
         image = hidden_states
 
-        # c_noise spans about [-1.6, 1.1]. Frequencies from 0.25 to 25 radians per unit resolve it without
-        # aliasing.
+        # c_noise spans about [-1.6, 1.1], which 0.25 to 25 radians per unit resolve without aliasing.
         frequencies = get_timestep_embedding(
             timestep, 256, downscale_freq_shift=0, scale=25.0, max_period=100
         )
@@ -697,14 +574,11 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         skips: list[torch.Tensor] = []
         for index, block in enumerate(self.transformer_blocks):
             skip_states = skips.pop() if block.skip_proj is not None else None
+            inputs = (hidden_states, conditioning, height, width, skip_states, index in perturbed_layers)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, conditioning, height, width, skip_states, index in perturbed_layers
-                )
+                hidden_states = self._gradient_checkpointing_func(block, *inputs)
             else:
-                hidden_states = block(
-                    hidden_states, conditioning, height, width, skip_states, index in perturbed_layers
-                )
+                hidden_states = block(*inputs)
             if self.config.long_skips and index < num_layers // 2:
                 skips.append(hidden_states)
 

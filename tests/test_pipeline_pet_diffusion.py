@@ -538,7 +538,7 @@ def test_from_pipe_shares_components(pipeline):
         ({"num_images_per_prompt": True}, "`num_images_per_prompt` must be a positive integer, but is True"),
         ({"output_type": "jpeg"}, "`output_type`"),
         ({"latents": torch.zeros(2, 3, 8, 8)}, r"`latents` must be of shape \(1, 3, 8, 8\)"),
-        ({"latents": torch.zeros(1, 3, 10, 10)}, "multiple of the patch size"),
+        ({"latents": torch.zeros(1, 3, 10, 10)}, "a height and width that"),
         ({"latents": torch.zeros(1, 3, 0, 0)}, r"must be of shape \(1, 3, 8, 8\), but is \(1, 3, 0, 0\)"),
         ({"generator": generators(0, 1)}, "2 generators for 1 image"),
         ({"generator": tuple(generators(0, 1))}, "2 generators for 1 image"),

@@ -30,10 +30,9 @@ from pet_pipeline.evaluation.metrics import validation_loss
 from pet_pipeline.training import results
 from pet_pipeline.training.checkpointing import find_checkpoint, list_checkpoints
 from pet_pipeline.training.data import load_image_dataset, stratified_split, to_model_range
-from pet_pipeline.training.denoiser import adapt_model
+from pet_pipeline.training.denoiser import adapt_model, frequency_variances
 from pet_pipeline.training.hardware import automatic_precision
 from pet_pipeline.training.optimization import learning_rate_factor
-from pet_pipeline.transformer_pet import frequency_variances
 
 
 ROOT = Path(__file__).parent.parent

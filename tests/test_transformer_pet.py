@@ -5,10 +5,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from pet_pipeline import AdaptiveEDMScheduler, PetTransformer2DModel
+from pet_pipeline.training.denoiser import frequency_variances
 from pet_pipeline.transformer_pet import (
     PetAttention,
     dct_matrix,
-    frequency_variances,
     linear_attention,
     restore_patches,
     transform_patches,
@@ -286,10 +286,10 @@ def test_bfloat16_is_close_to_float32(timestep, variances):
         ({"long_skips": "no"}, "`long_skips`"),
         ({"sigma_data": 0}, "`sigma_data` must be a number in"),
         ({"prediction_type": "sample"}, "`prediction_type`"),
-        ({"frequency_variances": 47 * [1.0]}, "= 48 values, but has 47"),
-        ({"frequency_variances": 47 * [1.0] + [-1.0]}, "`frequency_variances` must be a list of numbers"),
-        ({"frequency_variances": 47 * [1.0] + ["1"]}, "`frequency_variances` must be a list of numbers"),
-        ({"frequency_variances": 1.0}, "`frequency_variances` must be a list of numbers"),
+        ({"frequency_variances": 47 * [1.0]}, "`frequency_variances` must be 48 numbers"),
+        ({"frequency_variances": 47 * [1.0] + [-1.0]}, "`frequency_variances` must be 48 numbers"),
+        ({"frequency_variances": 47 * [1.0] + ["1"]}, "`frequency_variances` must be 48 numbers"),
+        ({"frequency_variances": 1.0}, "`frequency_variances` must be 48 numbers"),
         ({"num_layers": 1001}, r"`num_layers` must be an integer in \[1, 1000\], but is 1001"),
     ],
 )
@@ -299,9 +299,9 @@ def test_bad_configurations_name_the_argument(config, message):
 
 
 def test_bad_images_are_refused(model):
-    with pytest.raises(ValueError, match="3 channels, but has 1"):
+    with pytest.raises(ValueError, match="must have 3 channels"):
         model(torch.randn(1, 1, 8, 8), 0.0)
-    with pytest.raises(ValueError, match="multiple of the patch size 4"):
+    with pytest.raises(ValueError, match="that 4 divides"):
         model(torch.randn(1, 3, 10, 8), 0.0)
 
 

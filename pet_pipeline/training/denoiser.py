@@ -2,9 +2,11 @@
 
 import argparse
 
+import torch
+
 from ..pipeline_pet_diffusion import PetDiffusionPipeline
 from ..scheduling_adaptive_edm import AdaptiveEDMScheduler
-from ..transformer_pet import PRESETS, PetTransformer2DModel, frequency_variances
+from ..transformer_pet import PRESETS, PetTransformer2DModel, dct_matrix, transform_patches
 from .data import ImageDataset
 
 
@@ -40,6 +42,34 @@ def create_denoiser(
         patch_size = config.get("patch_size", PRESETS[args.preset]["patch_size"])
         config["frequency_variances"] = frequency_variances(train_set.images, patch_size)
     return PetTransformer2DModel.from_preset(args.preset, **config), scheduler
+
+
+def frequency_variances(images: torch.Tensor, patch_size: int) -> list[float]:
+    """Measures the configuration entry `frequency_variances` of [`PetTransformer2DModel`] on training images.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, channels, height, width)`): uint8, or floats in [-1, 1].
+        patch_size (`int`): of the model.
+
+    Returns:
+        `list[float]`: mean squares of the patches' cosine coefficients, to four digits.
+
+    Raises:
+        ValueError: if the images are no whole number of patches.
+    """
+    height, width = images.shape[2:]
+    if not isinstance(patch_size, int) or patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"`patch_size` must divide the height and width of the images, but {patch_size!r} does not "
+            f"divide {height}×{width}."
+        )
+    matrix = dct_matrix(images.shape[1], patch_size, images.device)
+    total = torch.zeros(len(matrix), dtype=torch.float64, device=images.device)
+    for batch in images.split(1000):
+        batch = batch / 127.5 - 1 if batch.dtype == torch.uint8 else batch
+        squares = transform_patches(batch, matrix, patch_size).square()
+        total += squares.mean((2, 3)).sum(0, dtype=torch.float64)
+    return [float(f"{variance:.4g}") for variance in (total / len(images)).tolist()]
 
 
 def adapt_model(
