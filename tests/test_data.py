@@ -51,7 +51,7 @@ def test_parquet_with_columns_of_other_names(tmp_path):
         load(tmp_path / "data", tmp_path, classes=["cat", "bird"])
     with pytest.raises(ValueError, match="no column 'picture' .`image_column`"):
         load(tmp_path / "data", tmp_path, image_column="picture")
-    with pytest.raises(ValueError, match="'author' .`label_column`. has to be of the type ClassLabel"):
+    with pytest.raises(ValueError, match="'author' .`label_column`. must be of the type ClassLabel"):
         load(tmp_path / "data", tmp_path, label_column="author")
 
 

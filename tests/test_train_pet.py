@@ -28,7 +28,7 @@ from pet_pipeline import (
 )
 from pet_pipeline.evaluation.metrics import validation_loss
 from pet_pipeline.training import results
-from pet_pipeline.training.checkpointing import find_checkpoint, list_checkpoints
+from pet_pipeline.training.checkpointing import find_checkpoint, list_checkpoints, trim_log
 from pet_pipeline.training.data import load_image_dataset, stratified_split, to_model_range
 from pet_pipeline.training.denoiser import adapt_model, frequency_variances
 from pet_pipeline.training.hardware import automatic_precision
@@ -147,6 +147,15 @@ def test_checkpoints_are_rotated_and_found(finished_run, tmp_path):
         find_checkpoint(tmp_path, "latest")
     with pytest.raises(ValueError, match="no checkpoint 'checkpoint-99'"):
         find_checkpoint(finished_run, "checkpoint-99")
+
+
+def test_the_log_loses_what_a_resumed_run_writes_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    kept = ['{"step": 1, "validation/loss": 3.0}', '{"step": 2, "train/loss": 1.0}']
+    again = ['{"step": 2, "validation/loss": 2.0}', '{"step": 3, "train/loss": 0.5}', '{"step": 1, "train']
+    path.write_text("\n".join(kept + again))
+    trim_log(path, 2)
+    assert path.read_text().splitlines() == kept
 
 
 def test_the_clock_ends_a_run(image_folder, tmp_path):

@@ -1,8 +1,7 @@
-"""Training checkpoints that survive what ends a training, and saved pipelines that are whole at any moment.
+"""Training checkpoints and saved pipelines that are complete at any moment, whatever ends a training.
 
-A checkpoint is a folder in Accelerate's own format with a manifest of hashes. Parts of it are pickles, which
-Accelerate partly loads as such: resume from your own checkpoints only. Published models are pipeline folders
-of safetensors instead.
+A checkpoint is a folder in the format of Accelerate with a manifest of hashes. Some of its files are pickles,
+so resume from your own checkpoints only. Published models are pipeline folders of safetensors instead.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from safetensors import SafetensorError
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
 SPLIT = "split.json"
-# What is being written has this before its name, until it is complete.
+# The prefix of files and folders that are still being written.
 PARTIAL = "partial-"
 
 
@@ -74,10 +73,10 @@ def save_checkpoint(
     split: dict[str, Any],
     total_limit: int | None = None,
 ) -> Path:
-    """Saves the training state and removes the oldest checkpoints; every process has to call it.
+    """Saves the training state and removes the oldest checkpoints; every process must call it.
 
-    It is written under another name, brought to the disk with a manifest of hashes, and renamed: whatever
-    ends the process, a folder with the name of a checkpoint is complete.
+    The checkpoint is written under another name, flushed to the disk with a manifest of hashes, and renamed.
+    So a folder with the name of a checkpoint is complete, whatever ends the process.
 
     Args:
         accelerator (`Accelerator`): with the prepared and registered objects of the training.
@@ -87,7 +86,7 @@ def save_checkpoint(
         total_limit (`int`, *optional*): how many checkpoints to keep.
 
     Raises:
-        OSError: if it cannot be written; earlier checkpoints are as they were.
+        OSError: if the checkpoint cannot be written; earlier checkpoints stay as they were.
     """
     path = checkpoint_path(output_dir, step)
     partial = path.with_name(f"{PARTIAL}{path.name}")
@@ -115,7 +114,7 @@ def save_checkpoint(
 
 
 def write_manifest(folder: Path) -> None:
-    """Brings the files of a folder to the disk, and beside them a manifest of their SHA-256 hashes."""
+    """Flushes the files of a folder to the disk, and writes a manifest of their SHA-256 hashes."""
     hashes = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb+") as file:
@@ -129,7 +128,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def synchronize(folder: Path) -> None:
-    """Brings the names in a folder to the disk."""
+    """Flushes the names of the files in a folder to the disk."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -139,7 +138,7 @@ def synchronize(folder: Path) -> None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Returns what is wrong with a checkpoint, by its manifest, or `None`."""
+    """Checks a checkpoint against its manifest, and returns a description of the damage or `None`."""
     try:
         hashes = dict(json.loads((checkpoint / MANIFEST).read_text())["sha256"])
     except FileNotFoundError:
@@ -162,8 +161,8 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path
 
     Args:
         output_dir (`str` or `Path`): the run's folder.
-        resume_from_checkpoint (`str`): `"latest"` for the newest that is intact, which warns of those that
-            are not; the name of a folder in `output_dir`; or a path.
+        resume_from_checkpoint (`str`): `"latest"` for the newest intact checkpoint, with a warning for each
+            damaged one; the name of a folder in `output_dir`; or a path.
 
     Raises:
         ValueError: if there is no such checkpoint, or it is damaged.
@@ -293,17 +292,17 @@ def how_to_resume(output_dir: str | Path) -> str:
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Renames a damaged checkpoint, so that it is neither found nor counted again."""
+    """Renames a damaged checkpoint, so that it is not found or counted again."""
     target = checkpoint.with_name(f"damaged-{checkpoint.name}")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(checkpoint, target)
 
 
 def trim_log(path: Path, step: int) -> None:
-    """Takes out of a run's `metrics.jsonl` what a run resumed at a step writes again.
+    """Removes the lines of `metrics.jsonl` that a training resumed at a step will write again.
 
-    That is what was measured at the step, as it is measured after the checkpoint, and all that came later;
-    and a line that was half-written when the process ended.
+    These are all lines of later steps, and the measurements at the step, which are made after the checkpoint.
+    A line that was half-written when the process ended is removed too.
     """
     kept = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -319,10 +318,10 @@ def trim_log(path: Path, step: int) -> None:
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Saves a pipeline over an earlier one of the same configuration, so that the folder is always whole.
+    """Saves a pipeline over an earlier one of the same configuration; the folder is complete at any moment.
 
     Raises:
-        OSError: if it cannot be written; an earlier pipeline is as it was.
+        OSError: if the pipeline cannot be written; an earlier pipeline stays as it was.
     """
     partial = folder / f"{PARTIAL}pipeline"
     shutil.rmtree(partial, ignore_errors=True)
@@ -343,12 +342,12 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 
 class Interruption:
-    """Notes SIGTERM and Ctrl-C instead of dying of them, so that a training can end its step and save.
+    """Records SIGTERM and Ctrl-C, so that a training can finish its step and save before it ends.
 
-    Further ones change nothing, as launchers pass on what the terminal has sent already.
+    Further signals are ignored, since launchers pass on signals that the terminal has already sent.
 
     Attributes:
-        signal (`signal.Signals`, *optional*): what came.
+        signal (`signal.Signals`, *optional*): the first signal that was received.
     """
 
     def __init__(self) -> None:
@@ -368,7 +367,7 @@ class Interruption:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process that a signal ended; another process may have received it."""
+        """The exit code of a process that a signal ended; SIGTERM if another process received the signal."""
         return 128 + (self.signal or signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -19,8 +19,8 @@ from ..pipeline_pet_classification import eight_bit_image
 class ImageDataset(torch.utils.data.Dataset):
     """Images and labels in memory, fetched a batch at a time.
 
-    A `DataLoader` over it needs `collate_fn=ImageDataset.collate`: a batch is one indexing operation, which
-    keeps the data path far above the speed of any training.
+    A `DataLoader` of this data set needs `collate_fn=ImageDataset.collate`. A batch is then one indexing
+    operation, which is far faster than any training.
 
     Args:
         images (`torch.Tensor` of shape `(N, 3, resolution, resolution)`, uint8): the pixels.
@@ -44,7 +44,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Passes on what `__getitems__` returned, which is a batch already."""
+        """Returns the batch that `__getitems__` returned."""
         return batch
 
     def subset(self, indices: torch.Tensor) -> "ImageDataset":
@@ -147,7 +147,7 @@ def find_column(dataset: datasets.Dataset, column: str | None, feature_type: typ
             )
         if column not in found:
             raise ValueError(
-                f"The column {column!r} (`{argument}`) has to be of the type {feature_type.__name__}, but is "
+                f"The column {column!r} (`{argument}`) must be of the type {feature_type.__name__}, but is "
                 f"{dataset.features[column]}."
             )
         return column
@@ -175,19 +175,23 @@ def stratified_split(
 ) -> tuple[ImageDataset, ImageDataset]:
     """Splits a data set into training and validation parts with the same share of each class.
 
-    What is held out of a class does not depend on the other classes: a model trained on more of them has not
-    seen it either.
+    The images that are held out of a class do not depend on the other classes, so that a model trained on
+    more classes has not seen them either.
 
     Args:
-        dataset ([`ImageDataset`]): what to split.
-        validation_fraction (`float`, defaults to 0.1): of each class, rounded, at least one image.
-        seed (`int`, defaults to 0): of the draw.
+        dataset ([`ImageDataset`]): the data set to split.
+        validation_fraction (`float`, defaults to 0.1): the fraction of each class that is held out, in (0,
+            1); at least one image.
+        seed (`int`, defaults to 0): the random seed of the split.
+
+    Returns:
+        `tuple` of two [`ImageDataset`]: the training part and the validation part.
 
     Raises:
         ValueError: if a class has fewer than two images, or the fraction is not in (0, 1).
     """
     if not 0 < validation_fraction < 1:
-        raise ValueError(f"`validation_fraction` has to be between 0 and 1, but is {validation_fraction}.")
+        raise ValueError(f"`validation_fraction` must be between 0 and 1, but is {validation_fraction}.")
     train, validation = [], []
     for class_id, name in enumerate(dataset.class_names):
         rows = (dataset.labels == class_id).nonzero().flatten()

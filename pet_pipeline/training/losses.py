@@ -1,7 +1,8 @@
-"""BalancedAdaptiveLoss: five measures of a denoising error, weighted by each sample's own noise level.
+"""BalancedAdaptiveLoss: five terms of the denoising error, weighted by the noise level of each sample.
 
-The preconditioned regression is that of Karras et al. (2022), the learned weighting over noise levels that of
-Karras et al. (2024), "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2, equation 21).
+The preconditioned regression follows Karras et al. (2022), "Elucidating the Design Space of Diffusion-Based
+Generative Models". The learned weighting of noise levels follows Karras et al. (2024), "Analyzing and
+Improving the Training Dynamics of Diffusion Models" (EDM2, equation 21).
 """
 
 from dataclasses import dataclass
@@ -13,12 +14,11 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 
-TERMS = ("mse", "l1", "cosine", "high_frequency", "edge")
-
-# The weights of the terms. All terms but `mse` fade out towards high noise.
+# The weights of the terms by preset. All terms but `mse` fade out towards high noise. A new term needs a
+# weight here and its value in `output_terms`.
 PRESETS: dict[str, dict[str, float]] = {
     "balanced": {"mse": 0.5, "l1": 0.15, "cosine": 0.1, "high_frequency": 0.1, "edge": 0.15},
-    "mse": {"mse": 1.0, "l1": 0.0, "cosine": 0.0, "high_frequency": 0.0, "edge": 0.0},
+    "mse": {"mse": 1.0},
 }
 
 
@@ -27,12 +27,12 @@ class BalancedAdaptiveLossOutput(BaseOutput):
     """What [`BalancedAdaptiveLoss`] returns.
 
     Args:
-        loss (`torch.Tensor`, scalar): the objective, to call `backward` on.
-        sample_losses (`torch.Tensor` of shape `(batch,)`): each sample's loss with the learned weight,
-            without the importance weight and detached: what [`AdaptiveEDMScheduler.update_training_losses`]
-            takes.
-        terms (`dict[str, torch.Tensor]`): the mean of each term, with the importance weights alone, so that
-            runs with and without an adaptive draw compare; detached, for the log.
+        loss (`torch.Tensor`, scalar): the objective, which `backward` is called on.
+        sample_losses (`torch.Tensor` of shape `(batch,)`): the loss of each sample with the learned weight
+            and without the importance weight, detached. [`AdaptiveEDMScheduler.update_training_losses`] takes
+            these losses.
+        terms (`dict[str, torch.Tensor]`): the mean of each term for the log, detached. The means have the
+            importance weights only, so that trainings with and without an adaptive draw can be compared.
     """
 
     loss: torch.Tensor
@@ -50,19 +50,19 @@ class BalancedAdaptiveLoss(nn.Module):
     + w_{hf} \overline{(\Delta u)^2} / 20 + w_{edge} \overline{(S_x u)^2 + (S_y u)^2} / 24)]
     / [w_{mse} + g (w_{l1} + w_{cos} + w_{hf} + w_{edge})]$,
 
-    where Δ is the 4-neighbour Laplacian and S are Sobel filters; 20 and 24 are their energies, so that on
-    white noise every quadratic term equals the first. Quadratic forms are minimal at the posterior mean
-    E[y|x], which sampling needs. The L1 and cosine terms are not: the gate g leaves them only low noise,
-    where the output is scaled by a small c_out and their bias is harmless.
+    where Δ is the 4-neighbour Laplacian and S are Sobel filters. Their energies are 20 and 24, so that every
+    quadratic term equals the first term on white noise. Quadratic terms are minimal at the posterior mean
+    E[y|x], which sampling needs. The L1 and cosine terms have other minima. The gate g limits them to low
+    noise, where the output is scaled by a small c_out and their bias is harmless.
 
-    The objective is the mean of $L e^{-s(\sigma)} + s(\sigma)$ with a learned s, which balances noise levels
-    against each other (Karras et al. 2024, equation 21).
+    The objective is the mean of $L e^{-s(\sigma)} + s(\sigma)$. The learned s balances the noise levels
+    (Karras et al. 2024, equation 21).
 
     Args:
         preset (`str`, defaults to `"balanced"`): `"balanced"`, or `"mse"` for the first term alone.
         sigma_data (`float`, defaults to 0.5): standard deviation of the data.
         learned_weighting (`bool`, defaults to `True`): learn s(σ); otherwise it is 0.
-        delta (`float`, defaults to 0.1): where the L1 term turns quadratic.
+        delta (`float`, defaults to 0.1): the error below which the L1 term is quadratic.
 
     Raises:
         ValueError: if there is no such preset.
@@ -111,7 +111,7 @@ class BalancedAdaptiveLoss(nn.Module):
             for name, weight in PRESETS[self.preset].items()
         }
         total_weight = sum(term_weights.values())
-        losses = sum(term_weights[name] * terms[name] for name in TERMS) / total_weight  # (N,)
+        losses = sum(term_weights[name] * terms[name] for name in term_weights) / total_weight  # (N,)
 
         logvar = self._logvar(sigmas)
         weighted = losses * (-logvar).exp()
@@ -178,7 +178,7 @@ class DenoiserWithLoss(nn.Module):
 
 
 def output_terms(model_output: torch.Tensor, target: torch.Tensor, delta: float) -> dict[str, torch.Tensor]:
-    """The five terms in the space of the network's output, each of shape `(batch,)`."""
+    """Returns the terms of the loss in the space of the network's output, each of shape `(batch,)`."""
     error = model_output - target
     laplacian, sobel_x, sobel_y = image_derivatives(error)
     return {
@@ -191,9 +191,10 @@ def output_terms(model_output: torch.Tensor, target: torch.Tensor, delta: float)
 
 
 def cosine_similarity(a: torch.Tensor, b: torch.Tensor, floor: float = 0.1) -> torch.Tensor:
-    """Cosine of the angle between images, `(batch,)`; a root mean square under `floor` counts as `floor`.
+    """Returns the cosine of the angle between images, of shape `(batch,)`.
 
-    The floor, taken before the root, keeps the gradient finite at zero, where the network's output starts.
+    A root mean square below `floor` counts as `floor`. The floor is applied before the root, which keeps the
+    gradient finite at zero, where the output of the network starts.
     """
     norm_a, norm_b = (x.square().mean((1, 2, 3)).clamp(min=floor**2).sqrt() for x in (a, b))
     return (a * b).mean((1, 2, 3)) / (norm_a * norm_b)

@@ -14,20 +14,20 @@ from torch import nn
 
 
 class BatchedMuon(torch.optim.Muon):
-    """`torch.optim.Muon`, which takes the matrices of one shape together and on CPUs works in float32.
+    """`torch.optim.Muon` that steps all matrices of one shape together, and computes in float32 on CPUs.
 
-    PyTorch's orthogonalises one matrix after the other, in bfloat16: on a GPU that is a launch for each small
-    product, and many CPUs are slower in bfloat16. Arguments and state are those of `torch.optim.Muon`;
-    rates are adjusted to the shapes in its default way only.
+    `torch.optim.Muon` orthogonalises one matrix after the other in bfloat16. On a GPU, this launches a kernel
+    for each small product, and many CPUs are slower in bfloat16. The arguments and the state are those of
+    `torch.optim.Muon`. Learning rates are adjusted to the shapes of the matrices in its default way only.
 
     Raises:
-        ValueError: if `adjust_lr_fn` asks for another way.
+        ValueError: if `adjust_lr_fn` is not the default.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if any(group["adjust_lr_fn"] not in (None, "original") for group in self.param_groups):
-            raise ValueError("`adjust_lr_fn` has to be None or 'original'.")
+            raise ValueError("`adjust_lr_fn` must be None or 'original'.")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -67,13 +67,14 @@ class BatchedMuon(torch.optim.Muon):
 def orthogonalize(
     matrices: torch.Tensor, coefficients: tuple[float, float, float], num_steps: int, eps: float
 ) -> torch.Tensor:
-    """Brings the singular values of matrices near 1 by Newton-Schulz iterations (Jordan et al. 2024).
+    """Moves the singular values of matrices near 1 by Newton-Schulz iterations (Jordan et al. 2024).
 
     Args:
-        matrices (`torch.Tensor` of shape `(N, rows, columns)`): what to orthogonalise.
-        coefficients (`tuple`): of the odd polynomial of fifth degree that is applied to the singular values.
-        num_steps (`int`): iterations.
-        eps (`float`): floor of the norms.
+        matrices (`torch.Tensor` of shape `(N, rows, columns)`): the matrices to orthogonalise.
+        coefficients (`tuple`): the coefficients of the odd polynomial of degree 5 that is applied to the
+            singular values.
+        num_steps (`int`): the number of iterations.
+        eps (`float`): the smallest norm that a matrix is divided by.
 
     Returns:
         `torch.Tensor` of the same shape, in bfloat16 on GPUs and in float32 elsewhere.
@@ -92,11 +93,11 @@ def orthogonalize(
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the matrices of the transformer blocks and AdamW for the rest, as one optimizer.
 
-    One optimizer, because two break the loss scaling of fp16 and engines that expect one.
+    Both are one optimizer, because the loss scaling of fp16 and some engines expect a single one.
 
     Args:
-        muon_parameters (`list` of 2D `nn.Parameter`): for [`BatchedMuon`].
-        adamw_parameters (`list` of `nn.Parameter`): for `torch.optim.AdamW`.
+        muon_parameters (`list` of 2D `nn.Parameter`): the matrices that [`BatchedMuon`] steps.
+        adamw_parameters (`list` of `nn.Parameter`): the parameters that `torch.optim.AdamW` steps.
         muon_lr (`float`, defaults to 0.02), adamw_lr (`float`, defaults to 3e-3): learning rates.
         weight_decay (`float`, defaults to 0.0): decoupled weight decay of both.
         betas (`tuple`, defaults to `(0.9, 0.99)`), eps (`float`, defaults to 1e-8): of AdamW.
