@@ -78,7 +78,7 @@ class Training:
     scheduler: AdaptiveEDMScheduler
     optimizer: torch.optim.Optimizer
     base_rates: list[float]  # the learning rate of each group of parameters, without warm-up and decay
-    loader: torch.utils.data.DataLoader
+    loader: Any  # a `DataLoader` as Accelerate prepares it
     ema: EMAModel
     log: TrainingLog
     results: TrainingResults

@@ -39,11 +39,11 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.images[index], self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = torch.as_tensor(indices)
-        return self.images[indices], self.labels[indices]
+        rows = torch.as_tensor(indices)
+        return self.images[rows], self.labels[rows]
 
     @staticmethod
-    def collate(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def collate(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the batch that `__getitems__` returned."""
         return batch
 
@@ -224,8 +224,8 @@ def describe_split(train_set: ImageDataset, held_out_set: ImageDataset) -> dict[
     """
     content = hashlib.sha256()
     for part in (train_set, held_out_set):
-        content.update(part.images.contiguous().numpy())
-        content.update(part.labels.contiguous().numpy())
+        content.update(part.images.contiguous().numpy().data)
+        content.update(part.labels.contiguous().numpy().data)
     return {
         "class_names": train_set.class_names,
         "content": content.hexdigest(),

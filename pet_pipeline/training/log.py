@@ -64,7 +64,7 @@ class TrainingLog:
 
     def add(self, losses: BalancedAdaptiveLossOutput) -> None:
         """Adds the losses of a micro-step to the running means."""
-        terms = {f"train/term_{name}": term for name, term in losses.terms.items()}
+        terms = {f"train/term_{name}": term for name, term in (losses.terms or {}).items()}
         for name, value in {"train/loss": losses.loss.detach(), **terms}.items():
             self._sums[name] = self._sums.get(name, 0) + value
         self._num_summed += 1

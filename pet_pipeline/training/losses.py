@@ -35,6 +35,7 @@ class BalancedAdaptiveLossOutput(BaseOutput):
             importance weights only, so that trainings with and without an adaptive draw can be compared.
     """
 
+    # All but the first are optional, since Accelerate rebuilds an output from one dictionary.
     loss: torch.Tensor
     sample_losses: torch.Tensor | None = None
     terms: dict[str, torch.Tensor] | None = None
@@ -82,7 +83,7 @@ class BalancedAdaptiveLoss(nn.Module):
         self.sigma_data = sigma_data
         self.delta = delta
         self.logvar = nn.Linear(128, 1) if learned_weighting else None
-        if learned_weighting:
+        if self.logvar is not None:
             nn.init.zeros_(self.logvar.weight)
             nn.init.zeros_(self.logvar.bias)
 

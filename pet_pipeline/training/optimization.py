@@ -30,7 +30,7 @@ class BatchedMuon(torch.optim.Muon):
             raise ValueError("`adjust_lr_fn` must be None or 'original'.")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Steps every matrix that has a gradient; `closure` re-evaluates the loss, once."""
         loss = None
         if closure is not None:
@@ -45,23 +45,23 @@ class BatchedMuon(torch.optim.Muon):
                 self._step_together(parameters, group)
         return loss
 
-    def _step_together(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Steps matrices of one shape."""
-        gradients = [parameter.grad for parameter in parameters]
+    def _step_together(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        """Steps matrices of one shape, which have gradients."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
-        updates = orthogonalize(
+        orthogonal = orthogonalize(
             torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"]
         )
         rows, columns = parameters[0].shape
         rate = group["lr"] * math.sqrt(max(1, rows / columns))
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype).unbind()), alpha=-rate)
+        torch._foreach_add_(parameters, list(orthogonal.to(parameters[0].dtype).unbind()), alpha=-rate)
 
 
 def orthogonalize(
@@ -124,7 +124,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.adamw.param_groups = self.param_groups[len(self.muon.param_groups) :]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Steps both optimizers; `closure` re-evaluates the loss, once."""
         loss = self.muon.step(closure)
         self.adamw.step()
@@ -172,7 +172,8 @@ def create_optimizer(
         )
     if name != "muon":
         raise ValueError(f"There is no optimizer {name!r}; choose one of muon, adamw.")
-    matrices = [p for p in model.transformer_blocks.parameters() if p.requires_grad and p.ndim == 2]
+    blocks = model.get_submodule("transformer_blocks")
+    matrices = [p for p in blocks.parameters() if p.requires_grad and p.ndim == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in parameters if id(p) not in chosen]
     return MuonAdamW(matrices, rest, muon_learning_rate, learning_rate, weight_decay, betas, eps)
