@@ -8,10 +8,12 @@ travel: whoever writes the configuration of a folder also writes the code beside
 import inspect
 import reprlib
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import pipelines
 from diffusers.configuration_utils import FrozenDict
 from diffusers.guiders.guider_utils import BaseGuidance
@@ -24,8 +26,9 @@ from .transformer_pet import PetTransformer2DModel, check_config
 
 BASE_CLASSES = {"transformer": ModelMixin, "scheduler": SchedulerMixin, "guider": BaseGuidance}
 
-# Limits of `PetTransformer2DModel`.
 MAX_PARAMETERS = 2_000_000_000  # 8 GB in float32
+
+# Limits of `PetTransformer2DModel`.
 MAX_IMAGE_VALUES = 2**24  # channels × height × width
 MAX_FREQUENCIES = 4096  # channels × patch size², if each frequency has a variance
 
@@ -49,21 +52,27 @@ def check_components(index: Mapping[str, Any], folder: Path) -> None:
     """
     for name, base_class in BASE_CLASSES.items():
         library, class_name = index.get(name, (None, None))
-        if library is None or (folder / name / f"{library}.py").is_file():
+        if library is None:
+            continue
+        # diffusers looks for the class in the same places, in the same order.
+        if hasattr(pipelines, library):
+            module = getattr(pipelines, library)
+        elif (folder / name / f"{library}.py").is_file():
             continue  # diffusers itself asks for trust before it runs code of the folder
-        # diffusers looks for the class in the same places.
-        module = getattr(pipelines, library, None) or sys.modules.get(library)
+        else:
+            module = sys.modules.get(library)
         component_class = getattr(module, class_name, None)
         if not (isinstance(component_class, type) and issubclass(component_class, base_class)):
             raise ValueError(
-                f"`{name}` must be an available subclass of {base_class.__name__}, but is {class_name!r} of "
-                f"{library!r}. Code of the folder itself needs `DiffusionPipeline.from_pretrained` with "
-                "`trust_remote_code=True`."
+                f"`{name}` must be an available subclass of {base_class.__name__}, but is "
+                f"{reprlib.repr(class_name)} of {reprlib.repr(library)}. Code of the folder itself needs "
+                "`DiffusionPipeline.from_pretrained` with `trust_remote_code=True`."
             )
-        config = component_class.load_config(folder / name if (folder / name).is_dir() else folder)
+        config_folder = folder / name if (folder / name).is_dir() else folder
+        config = component_class.load_config(config_folder)  # type: ignore[attr-defined]
         if not isinstance(config, dict):
             raise ValueError(f"The configuration of the {name} must be a JSON object.")
-        parameters = inspect.signature(component_class.__init__).parameters.values()
+        parameters = inspect.signature(component_class).parameters.values()
         defaults = {item.name: item.default for item in parameters if item.default is not item.empty}
         config = {**defaults, **config}
         if issubclass(component_class, PetTransformer2DModel):
@@ -74,6 +83,7 @@ def check_components(index: Mapping[str, Any], folder: Path) -> None:
             check_scheduler(component_class, config)
         else:
             check_size(name, config)
+        check_building(name, component_class, config)
 
 
 def check_memory(config: Mapping[str, Any]) -> None:
@@ -91,18 +101,6 @@ def check_memory(config: Mapping[str, Any]) -> None:
             f"`frequency_variances` must have at most {MAX_FREQUENCIES:,} values, but has "
             f"{num_frequencies:,}."
         )
-    # The large matrices of the blocks, of the embeddings and the output, and of the decoder.
-    dim = full.num_attention_heads * full.attention_head_dim
-    blocks = full.num_layers * dim**2 * (10 + 3 * full.feed_forward_ratio + full.long_skips)
-    ends = dim * (full.num_classes + 2 * num_frequencies + 3 * dim)
-    upsampling = dim * full.decoder_channels * full.patch_size**2
-    decoder = upsampling + 18 * full.decoder_layers * full.decoder_channels**2
-    num_parameters = int(blocks + ends + (decoder if full.decoder_layers else 0))
-    if num_parameters > MAX_PARAMETERS:
-        raise ValueError(
-            f"A model must have at most {MAX_PARAMETERS:,} parameters, but this configuration has about "
-            f"{num_parameters:,} ({4 * num_parameters / 1e9:,.0f} GB in float32)."
-        )
 
 
 def check_other_model(component_class: type[ModelMixin], config: Mapping[str, Any]) -> None:
@@ -114,9 +112,9 @@ def check_other_model(component_class: type[ModelMixin], config: Mapping[str, An
             f"{component_class.__name__} does not."
         )
     for name in ("sample_size", "in_channels", "num_classes"):
-        if not isinstance(config.get(name), int):
+        if not isinstance(config.get(name), int) or config[name] < 1:
             raise ValueError(
-                f"`{name}` in the configuration of the transformer must be an integer, but is "
+                f"`{name}` in the configuration of the transformer must be a positive integer, but is "
                 f"{reprlib.repr(config.get(name))}."
             )
     check_size("transformer", config)
@@ -130,6 +128,28 @@ def check_other_model(component_class: type[ModelMixin], config: Mapping[str, An
         )
 
 
+def check_building(name: str, component_class: type, config: Mapping[str, Any]) -> None:
+    """Builds a component without memory for its weights.
+
+    Raises:
+        ValueError: if the class refuses the configuration, or if a model has too many parameters.
+    """
+    arguments = {key: config[key] for key in inspect.signature(component_class).parameters if key in config}
+    is_model = issubclass(component_class, ModelMixin)
+    try:
+        with torch.device("meta" if is_model else "cpu"):
+            component = component_class(**arguments)
+    except Exception as error:  # classes of diffusers fail in many ways
+        message = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise ValueError(f"The {name} cannot be built from its configuration: {message}") from None
+    num_parameters = sum(parameter.numel() for parameter in component.parameters()) if is_model else 0
+    if num_parameters > MAX_PARAMETERS:
+        raise ValueError(
+            f"A model must have at most {MAX_PARAMETERS:,} parameters, but this configuration has "
+            f"{num_parameters:,} ({4 * num_parameters / 1e9:,.0f} GB in float32)."
+        )
+
+
 def check_scheduler(component_class: type[SchedulerMixin], config: Mapping[str, Any]) -> None:
     """Raises `ValueError` if a scheduler is not one of EDM, or its configuration is out of range."""
     if not hasattr(component_class, "precondition_outputs"):
@@ -139,7 +159,7 @@ def check_scheduler(component_class: type[SchedulerMixin], config: Mapping[str, 
         )
     if issubclass(component_class, AdaptiveEDMScheduler):
         return  # it checks itself, before it takes memory
-    for name, (low, high) in RANGES.items():
+    for name, (low, high) in {**RANGES, "solver_order": (1, 3)}.items():
         value = config.get(name, low)  # not every scheduler has every argument
         if not isinstance(value, (int, float)) or not low <= value <= high:
             raise ValueError(
@@ -160,4 +180,4 @@ def check_size(name: str, value: Any) -> None:
         for item in value:
             check_size(name, item)
     elif isinstance(value, (int, float)) and not abs(value) <= limit:
-        raise ValueError(f"`{name}` must be at most {limit:,}, but is {value:g}.")
+        raise ValueError(f"`{name}` must be at most {limit:,}, but is {reprlib.repr(value)}.")
