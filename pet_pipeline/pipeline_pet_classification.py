@@ -139,7 +139,7 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
         generator: torch.Generator | None = None,
         return_evidence: bool = False,
         return_dict: bool = True,
-    ) -> PetClassificationOutput | tuple:
+    ) -> PetClassificationOutput:
         r"""Classifies images.
 
         Args:
@@ -201,7 +201,7 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
         )
         self.maybe_free_model_hooks()
         if not return_dict:
-            return tuple(output.values())
+            return tuple(output.values())  # type: ignore[return-value]
         return output
 
     def check_inputs(self, num_evaluations: int, weighting: str, generator: torch.Generator | None) -> None:
@@ -308,7 +308,7 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
             except ValueError as error:
                 raise ValueError(f"{name} cannot be used: {error}") from None
         if isinstance(image, Image.Image):
-            image = ImageOps.fit(image, (size, size), Image.BICUBIC)
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
             data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
             image = data.view(size, size, channels).permute(2, 0, 1)
         if not isinstance(image, torch.Tensor):

@@ -250,7 +250,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput:
         r"""Generates images.
 
         Args:
@@ -360,7 +360,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             images = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
-            return (images,)
+            return (images,)  # type: ignore[return-value]
         return ImagePipelineOutput(images=images)
 
     def _step_output(

@@ -37,7 +37,7 @@ MAX_PAG_SCALE = 100.0  # useful values are about 0 to 3; float16 overflows at th
 NUM_BANDS = 8  # bands of noise levels in a calibration
 
 if TYPE_CHECKING:
-    PipelineBase = DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as PipelineBase
 else:  # diffusers requires that a pipeline file knows one subclass of `DiffusionPipeline` only
     PipelineBase = object
 
@@ -223,9 +223,10 @@ class PetPipelineMixin(PipelineBase):
             raise ValueError(f"There is no class {class_labels!r}; this pipeline knows {names}.")
         if not isinstance(class_labels, Integral):
             raise ValueError(f"A class label must be a name or an integer, but is {class_labels!r}.")
-        if not 0 <= class_labels < self.null_class_id:
-            raise ValueError(f"A class id must be in [0, {self.null_class_id - 1}], but is {class_labels}.")
-        return [int(class_labels)]
+        label_id = int(class_labels)
+        if not 0 <= label_id < self.null_class_id:
+            raise ValueError(f"A class id must be in [0, {self.null_class_id - 1}], but is {label_id}.")
+        return [label_id]
 
     def check_scheduler(self) -> None:
         """Raises `ValueError` if the scheduler does not have the preconditioning of EDM."""

@@ -86,7 +86,7 @@ class SampleSettings:
     steps: int = _setting(
         18,
         label="Steps",
-        help="number of denoising steps, at most 1000",
+        help="number of denoising steps",
         argument="num_inference_steps",
         low=1,
         high=1000,

@@ -152,12 +152,12 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
             value = getattr(self.config, name)
             kind, kind_name = (int, "an integer") if name in INTEGERS else ((int, float), "a number")
             if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
-                raise ValueError(f"`{name}` has to be {kind_name} in [{low:g}, {high:g}], but is {value!r}.")
+                raise ValueError(f"`{name}` must be {kind_name} in [{low:g}, {high:g}], but is {value!r}.")
         if not isinstance(adaptive, bool):
-            raise ValueError(f"`adaptive` has to be true or false, but is {adaptive!r}.")
+            raise ValueError(f"`adaptive` must be true or false, but is {adaptive!r}.")
         if not sigma_min < sigma_max:
             raise ValueError(
-                f"`sigma_min` < `sigma_max` has to hold, but they are {sigma_min} and {sigma_max}."
+                f"`sigma_min` must be less than `sigma_max`, but they are {sigma_min} and {sigma_max}."
             )
         for name, choices in {
             "sigma_schedule": ("karras", "exponential"),
@@ -167,14 +167,14 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         }.items():
             if getattr(self.config, name) not in choices:
                 raise ValueError(
-                    f"`{name}` has to be one of {', '.join(choices)}, but is {getattr(self.config, name)!r}."
+                    f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self.config, name)!r}."
                 )
         if s_churn > 0 and solver == "multistep":
             raise ValueError(
                 "`s_churn` needs the solver 'euler' or 'heun': multistep reuses the previous evaluation."
             )
         if adaptive_decay == 1:
-            raise ValueError("`adaptive_decay` has to be less than 1, as the running sums would overflow.")
+            raise ValueError("`adaptive_decay` must be less than 1, because the running sums would overflow.")
 
         # Running sums of L² and of the number of samples, for each bin of the training proposal.
         self._bin_square_sums = torch.zeros(num_bins)
@@ -189,7 +189,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
     def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
         config = super()._dict_from_json_file(json_file)
         if not isinstance(config, dict):  # diffusers would take a string for the name of a repository
-            raise ValueError(f"{str(json_file)!r} has to hold a JSON object.")
+            raise ValueError(f"{str(json_file)!r} must hold a JSON object.")
         return config
 
     def precondition_inputs(self, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
@@ -297,7 +297,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
                 or (sigmas.diff() >= 0).any()
             ):
                 raise ValueError(
-                    f"`sigmas` has to be positive, finite and strictly decreasing, but is {sigmas.tolist()}."
+                    f"`sigmas` must be positive, finite and strictly decreasing, but is {sigmas.tolist()}."
                 )
         else:
             if (
@@ -306,7 +306,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
                 or num_inference_steps < 1
             ):
                 raise ValueError(
-                    f"`num_inference_steps` has to be a positive integer, but is {num_inference_steps!r}."
+                    f"`num_inference_steps` must be a positive integer, but is {num_inference_steps!r}."
                 )
             sigmas, final_sigma = self._grid(int(num_inference_steps)), None
         self.num_inference_steps = len(sigmas)

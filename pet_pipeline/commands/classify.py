@@ -4,11 +4,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .loading import load_classifier_pipeline
 from .options import HelpFormatter, add_device_option, add_model_option, positive_integer, seed
 
+
+if TYPE_CHECKING:
+    from ..pipeline_pet_classification import ClassificationEvidence
 
 IMAGES_AT_ONCE = 50
 
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"pet-pipeline: {error}", file=sys.stderr)
     if not good:
         raise ValueError("None of the files can be classified.")
-    evidence = []
+    evidence: list[ClassificationEvidence] = []
     for start in range(0, len(good), IMAGES_AT_ONCE):
         output = pipeline(
             tensors[start : start + IMAGES_AT_ONCE],

@@ -145,5 +145,5 @@ def main(name: str, arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BASELINES:
-        sys.exit(f"train_baseline.py: the first argument has to be one of {', '.join(BASELINES)}")
+        sys.exit(f"train_baseline.py: the first argument must be one of {', '.join(BASELINES)}")
     main(sys.argv[1], sys.argv[2:])
