@@ -31,6 +31,7 @@ from support.training_process import train
 import train_pet
 from pet_pipeline import PetDiffusionPipeline
 from pet_pipeline.__main__ import main
+from pet_pipeline.publishing import push
 from pet_pipeline.publishing.card import CARD_OPTIONS, TrainingReport, render_model_card
 from pet_pipeline.publishing.client import hub_id
 from pet_pipeline.publishing.folder import published_files
@@ -378,7 +379,7 @@ def outside(saved, tmp_path) -> Iterator[Path]:
     (folder / "samples.png").write_bytes(b"private")
     OUTSIDE[:], OPENED[:] = [folder], []
     yield folder
-    OUTSIDE.clear()
+    OUTSIDE[:], OPENED[:] = [], []
 
 
 def push_is_refused(saved: Path, hub: HubServer, capsys, message: str) -> None:
@@ -412,7 +413,7 @@ def test_names_that_are_not_of_the_folder_are_refused(hub, saved, outside, capsy
     elif place == "_class_name":
         edit(saved / "model_index.json", _class_name=[name, "PetDiffusionPipeline"])
     else:
-        shard = f"{name}/diffusion_pytorch_model.safetensors" if "outside" in name else name
+        shard = f"{name}{'/diffusion_pytorch_model' if 'outside' in name else ''}.safetensors"
         index = {"weight_map": {"proj_out.weight": shard}}
         (saved / "transformer" / "a.safetensors.index.json").write_text(json.dumps(index))
     # With a suffix, some of these are names of files inside the folder, which are not there.
@@ -535,6 +536,79 @@ def test_a_card_of_many_marks_takes_no_time(saved):
     began = time.monotonic()
     published_content(saved, "README.md", "user/pets")
     assert time.monotonic() - began < 20
+
+
+def test_a_folder_is_read_where_its_path_leads(hub, saved, tmp_path, monkeypatch):
+    # huggingface_hub takes `~` for the home of the user, and `link/..` for the folder of the link.
+    (saved / "samples.png").write_bytes(b"of the folder")
+    home, folder = tmp_path / "home", tmp_path / "place"
+    for path in (home / "model", folder / "model"):
+        shutil.copytree(saved, path)
+        (path / "samples.png").write_bytes(b"of another folder")
+    shutil.copytree(saved, folder / "~" / "model")
+    (saved / "sub").mkdir()
+    (folder / "link").symlink_to(saved / "sub")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(folder)
+    for number, name in enumerate(("~/model", "./~/model", "link/../../model")):
+        push_folder(name, f"pets{number}")
+        assert hub.repositories[f"user/pets{number}"].files["samples.png"] == b"of the folder", name
+
+
+def test_what_was_checked_is_what_is_published(hub, saved, outside, monkeypatch):
+    expected = (saved / "transformer" / "config.json").read_bytes()
+    create = push.create_repository
+
+    def create_and_replace(*args: Any) -> Any:
+        for name in ("transformer/config.json", "pipeline_pet_loading.py", "samples.png"):
+            (saved / name).unlink(missing_ok=True)
+            (saved / name).symlink_to(outside / "samples.png")
+        return create(*args)
+
+    monkeypatch.setattr(push, "create_repository", create_and_replace)
+    push_folder(saved, "pets")
+    assert hub.repositories["user/pets"].files["transformer/config.json"] == expected
+    assert not OPENED
+
+
+@pytest.mark.parametrize("name", ["config.json", "transformer_pet.py", "weights.bin"])
+def test_shards_are_safetensors(hub, saved, capsys, name):
+    (saved / "transformer" / "weights.bin").write_bytes(b"pickle")
+    index = {"weight_map": {"proj_out.weight": name}}
+    (saved / "transformer" / "a.safetensors.index.json").write_text(json.dumps(index))
+    push_is_refused(
+        saved, hub, capsys, "`weight_map` in .* must map the names of tensors to safetensors files"
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"half", b"more"])
+def test_damaged_weights_are_refused(hub, saved, capsys, content):
+    path = saved / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = path.read_bytes()
+    damaged = {b"half": weights[: len(weights) // 2], b"more": weights + b"more"}
+    path.write_bytes(damaged.get(content, content))
+    push_is_refused(saved, hub, capsys, "is not safetensors, or is incomplete")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model_index.json", "is not a saved pipeline"),
+        ("transformer/config.json", "`transformer` has no configuration"),
+        ("transformer/diffusion_pytorch_model.safetensors", "`transformer` has no safetensors"),
+        ("transformer/transformer_pet.py", "transformer_pet.py is missing"),
+        ("samples.png", None),
+        ("README.md", None),
+    ],
+)
+def test_pipes_are_not_read(hub, saved, capsys, name, message):
+    (saved / name).unlink(missing_ok=True)
+    os.mkfifo(saved / name)
+    if message is not None:
+        push_is_refused(saved, hub, capsys, message)
+    else:
+        push_folder(saved, "pets")
+        assert name not in hub.repositories["user/pets"].files
 
 
 def test_files_that_cannot_be_read_are_refused(hub, saved, capsys, monkeypatch):

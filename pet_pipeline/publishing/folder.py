@@ -11,6 +11,8 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 
 INDEX = "model_index.json"
 # These files are published if they exist. The pictures of an evaluation are not among them, because they may
@@ -41,8 +43,8 @@ def published_files(folder: str | Path) -> list[str]:
         `list[str]`: paths inside the folder, as `"FILE"` or `"COMPONENT/FILE"`.
 
     Raises:
-        ValueError: if the pipeline is incomplete, if its weights are not safetensors, or if a name in its
-            files or a link leads out of the folder.
+        ValueError: if the pipeline is incomplete, if its weights are damaged or not safetensors, or if a name
+            in its files or a link leads out of the folder.
     """
     folder = Path(folder)
     source, components = read_index(folder)
@@ -74,6 +76,9 @@ def published_files(folder: str | Path) -> list[str]:
             f"{str(folder)!r} is not a complete pipeline, because {', '.join(missing)} is missing. Load the "
             "pipeline with `PetDiffusionPipeline.from_pretrained`, and save it with `save_pretrained`."
         )
+    for name in files:
+        if name.endswith(".safetensors"):
+            check_safetensors(path_inside(folder, name))
     others = [name for name in OPTIONAL_FILES if name not in files]
     return files + [name for name in others if path_inside(folder, name).is_file()]
 
@@ -117,17 +122,28 @@ def read_shards(path: Path) -> list[str]:
     """Reads the names of the files over which weights are split from the index of these files.
 
     Raises:
-        ValueError: if the index does not map the names of tensors to the names of files.
+        ValueError: if the index does not map the names of tensors to the names of safetensors files.
     """
     shards = read_json(path).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f"`weight_map` in {str(path)!r} must map the names of tensors to files.")
-    return list(shards.values())
+    names = list(shards.values()) if isinstance(shards, dict) else []
+    if not names or not all(isinstance(name, str) and name.endswith(".safetensors") for name in names):
+        raise ValueError(f"`weight_map` in {str(path)!r} must map the names of tensors to safetensors files.")
+    return names
+
+
+def check_safetensors(path: Path) -> None:
+    """Raises `ValueError` if a file of weights is damaged. Only the header of the file is read."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is not safetensors, or is incomplete: {error}") from None
 
 
 def file_names(folder: Path, component: str) -> list[str]:
-    """Lists the files in the folder of a component, without hidden files."""
-    paths = sorted(path_inside(folder, component).glob("*"))
+    """Lists the configurations and the weights in the folder of a component, without hidden files."""
+    suffixes = (".json", ".safetensors", *PICKLE_SUFFIXES)
+    paths = sorted(path for path in path_inside(folder, component).glob("*") if path.suffix in suffixes)
     names = [f"{component}/{path.name}" for path in paths if PLAIN_NAME.fullmatch(path.name)]
     return [name for name in names if path_inside(folder, name).is_file()]
 

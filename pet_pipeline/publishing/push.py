@@ -4,6 +4,7 @@ A push contains the index, the code, the configurations, the weights as safetens
 of a pipeline. The state of a training, local paths and the token are never part of it.
 """
 
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -44,8 +45,9 @@ def push_folder(
     """
     if not commit_message.strip():
         raise ValueError("`commit_message` must not be empty.")
-    files = published_files(folder)
-    folder, api = Path(folder), hub_client(token)
+    # `huggingface_hub` would read another folder: it expands `~`, and takes `link/..` for the current folder.
+    folder = Path(os.path.realpath(folder))
+    files, api = published_files(folder), hub_client(token)
     with readable_errors(repo_id, api):
         repo_id = full_repo_id(repo_id, api)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -66,9 +68,10 @@ def push_folder(
 
 
 def published_content(folder: Path, name: str, repo_id: str) -> Path | bytes:
-    """Returns the file or the bytes to publish for a name of [`published_files`].
+    """Returns the bytes to publish for a name of [`published_files`], or the path of a file of weights.
 
-    Local paths are removed from JSON files, and the card is given the id of its repository.
+    Local paths are removed from JSON files, and the card is given the id of its repository. The other files
+    are read here, so that exactly what was checked is published, whatever happens to the folder afterwards.
     """
     path = path_inside(folder, name)
     if name == "README.md":
@@ -78,11 +81,13 @@ def published_content(folder: Path, name: str, repo_id: str) -> Path | bytes:
         reference = hub_id(record["settings"].get("reference")) or "local data set"
         record["settings"] |= {"model": repo_id, "reference": reference}
         return write_json(record)
-    if path.suffix != ".json":
+    if path.suffix == ".safetensors":
         return path
+    if path.suffix != ".json":
+        return path.read_bytes()
     content = read_json(path)
     if "_name_or_path" not in content:  # here diffusers keeps the folder that the pipeline was loaded from
-        return path
+        return path.read_bytes()
     del content["_name_or_path"]
     return write_json(content)
 
