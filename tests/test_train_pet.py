@@ -508,6 +508,13 @@ def test_accumulation_equals_a_larger_batch(image_folder, tmp_path, monkeypatch)
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-5)
 
 
+def test_every_step_has_the_same_number_of_images(image_folder, tmp_path):
+    # 4 batches of 8 an epoch, of which a step takes 3: steps cross the ends of epochs.
+    train(image_folder, tmp_path / "out", gradient_accumulation_steps=3, max_train_steps=4)
+    images = [record["images"] for record in metrics(tmp_path / "out") if "train/loss" in record]
+    assert images == [24, 48, 72, 96]
+
+
 def test_labels_are_dropped_at_the_stated_rate(image_folder, tmp_path, monkeypatch):
     seen = []
     forward = PetTransformer2DModel.forward
