@@ -424,6 +424,7 @@ def test_a_signal_during_skipped_steps_saves_them_too(
     monkeypatch.setattr(BalancedAdaptiveLoss, "forward", spoiled_forward(left))
     train(image_folder, output_dir, resume_from_checkpoint="latest", **RUN)
     assert_same_run(output_dir, tmp_path / "whole")
+    assert log_of_validation(output_dir) == log_of_validation(tmp_path / "whole")
 
 
 def test_two_processes_train_a_loss_without_parameters(image_folder, tmp_path):
