@@ -4,10 +4,13 @@ import os
 # Nothing here needs the network; without this, an unknown data set is looked for on the Hub. Read at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from pathlib import Path  # noqa: E402
+
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from support.hub_server import TOKEN, HubServer, use  # noqa: E402
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, PetTransformer2DModel  # noqa: E402
 
@@ -45,6 +48,34 @@ def pipeline(model) -> PetDiffusionPipeline:
     pipe = PetDiffusionPipeline(model, AdaptiveEDMScheduler(), id2label={0: "cat", 1: "dog"})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def saved(pipeline, tmp_path) -> Path:
+    """The folder of a saved pipeline."""
+    pipeline.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="module")
+def hub_factory():
+    """A function that starts a stand-in for the Hub."""
+    servers = []
+
+    def start() -> HubServer:
+        servers.append(HubServer(TOKEN))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def hub(hub_factory, monkeypatch) -> HubServer:
+    """A stand-in for the Hub that this process uses, with a token in its environment."""
+    return use(hub_factory(), monkeypatch)
 
 
 @pytest.fixture(scope="session")

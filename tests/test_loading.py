@@ -53,12 +53,6 @@ def saved_again(tmp_path_factory) -> tuple[Path, str]:
     return folder / "again", result.stdout
 
 
-@pytest.fixture
-def saved(pipeline, tmp_path) -> Path:
-    pipeline.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 def test_a_saved_folder_has_weights_code_and_json_only(saved):
     files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
     assert files == {
@@ -296,6 +290,14 @@ def test_a_model_of_diffusers_can_be_loaded(saved):
     transformer.register_to_config(num_classes=2)
     PetDiffusionPipeline(transformer, AdaptiveEDMScheduler()).save_pretrained(saved)
     assert type(PetDiffusionPipeline.from_pretrained(saved).transformer) is diffusers.DiTTransformer2DModel
+
+
+def test_what_is_downloaded_is_checked_too(saved, monkeypatch):
+    # diffusers downloads the files of a Hub id into a folder of its cache, and then reads the index again.
+    write_component(saved, "scheduler", "EDMEulerScheduler", {"num_train_timesteps": 10**9})
+    monkeypatch.setattr(PetDiffusionPipeline, "download", lambda *args, **kwargs: saved)
+    with pytest.raises(ValueError, match="`num_train_timesteps` must be"):
+        PetDiffusionPipeline.from_pretrained("user/pets")
 
 
 @pytest.mark.parametrize(

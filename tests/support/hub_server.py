@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub.constants
+import pytest
 import yaml
+
+
+TOKEN = "hf_secretsecretsecret"  # the token that may write
 
 
 @dataclass
@@ -221,3 +226,18 @@ class Handler(BaseHTTPRequestHandler):
         if is_lfs(name):
             headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(content))}
         return self.respond(content, **headers)
+
+
+def use(server: HubServer, monkeypatch: pytest.MonkeyPatch, token: str | None = TOKEN) -> HubServer:
+    """Lets this process use the server, with the token in its environment."""
+    # These are read from the environment once, when the library is imported.
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nowhere")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    return server
