@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # Public names by module, imported on first use: `import pet_pipeline` alone does not load PyTorch.
 _MODULES = {

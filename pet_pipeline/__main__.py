@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except ImportError as error:
         extra = EXTRAS.get(str(error.name).partition(".")[0])
-        hint = f'; `pip install "pet-pipeline[{extra}]"` installs it' if extra else ""
+        hint = f'; in a clone, `pip install ".[{extra}]"` installs it' if extra else ""
         print(f"pet-pipeline: {error}{hint}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:

@@ -238,7 +238,7 @@ def test_a_missing_package_is_named_with_its_extra(saved, monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, f"pet_pipeline.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert main(["calibrate", saved, "--reference", "any"]) == 1
-    assert 'pip install "pet-pipeline[train]"' in capsys.readouterr().err
+    assert 'pip install ".[train]"' in capsys.readouterr().err
 
 
 def test_a_port_is_checked_before_anything_is_loaded(capsys):

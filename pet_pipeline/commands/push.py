@@ -19,7 +19,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "repo_id", metavar="REPO", help="repository, USER/NAME, or NAME for the owner of the token"
     )
-    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    parser.add_argument(
+        "--private",
+        action="store_true",
+        help="create the repository as private; an existing public one is refused",
+    )
     parser.add_argument(
         "--space", action="store_true", help="also publish a Space of the same name with the model's page"
     )

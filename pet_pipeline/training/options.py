@@ -177,14 +177,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--noise_schedule",
         choices=["adaptive", "fixed"],
         default="adaptive",
-        help="draw of noise levels; `adaptive` changes the draw only with --no-learned_weighting",
+        help="draw of noise levels; with the learned weighting, `adaptive` stays close to `fixed`",
     )
     group.add_argument("--p_mean", type=float, default=-1.6, help="mean of ln σ in the training proposal")
     group.add_argument(
         "--p_std", type=float, default=1.4, help="standard deviation of ln σ in the training proposal"
     )
     group.add_argument(
-        "--prediction_type", choices=["epsilon", "v_prediction"], default="epsilon", help="sign of c_out"
+        "--prediction_type",
+        choices=["epsilon", "v_prediction"],
+        default="epsilon",
+        help="sign of c_out, with the names of diffusers' EDM schedulers: + for epsilon, - for v_prediction",
     )
     group.add_argument("--loss", choices=list(LOSS_PRESETS), default="balanced", help="preset of the loss")
     group.add_argument(
