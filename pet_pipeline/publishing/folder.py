@@ -134,7 +134,7 @@ def read_shards(path: Path) -> list[str]:
 def check_safetensors(path: Path) -> None:
     """Raises `ValueError` if a file of weights is damaged. Only the header of the file is read."""
     try:
-        with safe_open(path, framework="numpy"):
+        with path.open("rb"), safe_open(path, framework="numpy"):  # the former says why it cannot read a file
             pass
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is not safetensors, or is incomplete: {error}") from None
