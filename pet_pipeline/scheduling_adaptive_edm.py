@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_edm_euler import EDMEulerSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -38,21 +39,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "adaptive_decay": (0, 1),
 }
 INTEGERS = ("num_train_timesteps", "num_bins")
-
-
-@dataclass
-class AdaptiveEDMSchedulerOutput(BaseOutput):
-    """What [`AdaptiveEDMScheduler.step`] returns.
-
-    Args:
-        prev_sample (`torch.Tensor` of shape `(batch, channels, height, width)`): the sample at the next noise
-            level.
-        pred_original_sample (`torch.Tensor` of the same shape): the denoised image D(x; σ) this step was
-            taken with.
-    """
-
-    prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor | None = None
 
 
 @dataclass
@@ -382,7 +368,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> AdaptiveEDMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+    ) -> EDMEulerSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """Takes the sample from the current noise level to the next.
 
         Args:
@@ -391,11 +377,11 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
             timestep (`float` or `torch.Tensor`): the current entry of `timesteps`.
             sample (`torch.Tensor` of the same shape): the current sample.
             generator (`torch.Generator` or a list of them, *optional*): generator of the noise of churn.
-            return_dict (`bool`, defaults to `True`): return an [`AdaptiveEDMSchedulerOutput`] instead of a
+            return_dict (`bool`, defaults to `True`): return an [`EDMEulerSchedulerOutput`] instead of a
                 tuple.
 
         Returns:
-            [`AdaptiveEDMSchedulerOutput`] or `tuple`: in the dtype of `sample`; computed in float32 at least.
+            [`EDMEulerSchedulerOutput`] or `tuple`: in the dtype of `sample`; computed in float32 at least.
         """
         index = self._index(timestep)
         dtype = sample.dtype
@@ -417,7 +403,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         prev_sample, denoised = prev_sample.to(dtype), denoised.to(dtype)
         if not return_dict:
             return (prev_sample, denoised)
-        return AdaptiveEDMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=denoised)
+        return EDMEulerSchedulerOutput(prev_sample=prev_sample, pred_original_sample=denoised)
 
     def _euler(self, current: "_Evaluation", target: torch.Tensor) -> torch.Tensor:
         """First order in σ."""
