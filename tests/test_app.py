@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 import os
 import re
@@ -440,27 +441,81 @@ def test_jobs_to_which_nobody_listens_are_dropped(pipeline, monkeypatch):
         assert '"success":true' in listen(url, "heard")
 
 
-def test_only_uploads_are_read_and_removed(pipeline, tmp_path, capfd):
-    path = tmp_path / "private.png"
-    Image.new("RGB", (8, 8)).save(path)
-    file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+def test_no_file_is_served(pipeline):
     with serve(pipeline) as url:
-        join_queue(url, "take_upload", [file], "session")
-        answer = httpx.get(url + "gradio_api/queue/data?session_hash=session", timeout=20).text
+        path = upload(url, b"content").json()[0]
         assert httpx.get(f"{url}gradio_api/file={path}").status_code == 404
-    assert '"success":false' in answer and "base64" not in answer
-    assert path.exists()
 
 
-def test_no_address_is_fetched(pipeline, capfd):
-    download = gradio.processing_utils.async_ssrf_protected_download
-    file = {"path": "https://example.com/large.png", "meta": {"_type": "gradio.FileData"}}
+def test_visitors_may_upload_the_same_file(pipeline):
+    content = image_bytes(Image.new("RGB", (8, 8)), "PNG")
     with serve(pipeline) as url:
-        join_queue(url, "take_upload", [file], "session")
-        answer = httpx.get(url + "gradio_api/queue/data?session_hash=session", timeout=20).text
-    assert "fetches nothing from elsewhere" in answer
+        paths = [upload(url, content).json()[0] for _ in range(2)]
+        for path in paths:
+            file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+            join_queue(url, "take_upload", [file], "session")
+            assert '"success":true' in listen(url, "session")
+            assert not Path(path).exists()
+
+
+def test_a_file_that_was_not_uploaded_is_refused(pipeline, tmp_path, capfd):
+    (tmp_path / "private.png").write_bytes(b"content")
+    with serve(pipeline) as url:
+        stored = upload(url, b"content").json()[0]
+        paths = (
+            str(tmp_path / "private.png"),
+            "https://example.com/large.png",
+            "data:image/png;base64,AAAA",
+            os.environ["GRADIO_TEMP_DIR"],
+            str(Path(stored).parent),
+            stored + "\0",
+            None,
+        )
+        for path, kind in product(paths, ("gradio.FileData", "gradio.ImageData", None)):
+            file = {"path": path, "url": "https://example.com/", "meta": {"_type": kind}, "is_stream": True}
+            for job, data in (("take_upload", [file]), ("generate", [[{"x": [file]}], *HEAVY[1:]])):
+                answer = join_queue(url, job, data, "session")
+                assert answer.status_code == 400 and "Upload it again" in answer.json()["detail"]
+    assert (tmp_path / "private.png").exists()
     assert "Traceback" not in capfd.readouterr().err
-    assert gradio.processing_utils.async_ssrf_protected_download is download
+
+
+def test_a_job_that_is_cancelled_twice_does_not_count_against_the_visitor(pipeline):
+    evaluations = []
+    with serve(pipeline) as url:
+        pipeline.transformer.register_forward_hook(lambda *args: (evaluations.append(None), time.sleep(0.05)))
+        for number in range(5):
+            session = f"session-{number}"
+            event = join_queue(url, "generate", HEAVY, session).json()
+            assert "event_id" in event, event
+            listener = threading.Thread(target=listen, args=(url, session))
+            listener.start()
+            evaluations.clear()
+            while not evaluations:
+                time.sleep(0.01)
+            body = {"session_hash": session, "fn_index": 0, **event}
+            cancels = [
+                threading.Thread(target=httpx.post, args=(url + "gradio_api/cancel",), kwargs={"json": body})
+                for _ in range(5)
+            ]
+            for thread in cancels:
+                thread.start()
+            for thread in (*cancels, listener):
+                thread.join(20)
+
+
+@pytest.mark.parametrize("session", ["", "\ud800", "a<gradio-sep>b", "a" * 65])
+def test_a_forged_session_is_refused_and_harms_nobody(pipeline, capfd, session):
+    request = {"data": [*HEAVY[:4], 1, *SETTINGS], "fn_index": 0, "event_data": None}
+    with serve(pipeline) as url:
+        content = json.dumps({**request, "session_hash": session})  # httpx would not encode every name
+        headers = {"Content-Type": "application/json"}
+        answer = httpx.post(url + "gradio_api/queue/join", content=content, headers=headers)
+        assert answer.status_code == 400 and "The name of a session" in answer.json()["detail"]
+        for _ in range(6):
+            assert join_queue(url, "generate", request["data"], "session").status_code == 200
+            assert '"success":true' in listen(url, "session")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_cancel_in_the_first_step_ends_the_work(pipeline):
@@ -554,11 +609,14 @@ def test_a_forged_example_is_refused(pipeline, capfd, event):
 def test_uploads_that_are_not_read_are_bounded(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with serve(pipeline) as url:
-        paths = [Path(upload(url, bytes([index]) * 1000).json()[0]) for index in range(20)]
-        # The newest ones are kept, of which one visitor's file is read at once.
-        assert [path.exists() for path in paths] == [False] * 12 + [True] * 8
-        assert sum(path.is_file() for path in tmp_path.rglob("*")) == 8
-        assert len(list(paths[-1].parent.parent.iterdir())) == 8
+        other = Path(upload(url, b"content", headers={"X-Forwarded-For": "203.0.113.1"}).json()[0])
+        paths = [Path(upload(url, b"content").json()[0]) for _ in range(20)]
+        assert [path.exists() for path in (other, *paths)] == [True] + [False] * 16 + [True] * 4
+        for index in range(2, 20):
+            upload(url, b"content", headers={"X-Forwarded-For": f"203.0.113.{index}"})
+        assert not other.exists()
+        assert sum(path.is_file() for path in tmp_path.rglob("*")) == 16
+        assert len(list(paths[-1].parent.parent.iterdir())) == 16
     assert not list(tmp_path.iterdir())
 
 
@@ -609,7 +667,7 @@ def open_upload(url: str, num_bytes: int = 1000) -> socket.socket:
 def test_half_uploads_are_few_and_end(pipeline, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with serve(pipeline) as url:
-        half = [open_upload(url) for _ in range(2)]
+        half = [open_upload(url) for _ in range(4)]
         time.sleep(0.5)
         assert upload(url, b"content").status_code == 429
         assert upload(url, b"content", headers={"X-Forwarded-For": "203.0.113.1"}).status_code == 200
@@ -623,7 +681,7 @@ def test_half_uploads_are_few_and_end(pipeline, tmp_path, monkeypatch, capfd):
             assert b" 408 " in connection.recv(1000)
         monkeypatch.setattr("pet_pipeline.app.gate.MAX_UPLOADS", 0)
         assert upload(url, b"content").status_code == 429
-        assert len([path for path in tmp_path.rglob("*") if path.is_file()]) <= 1
+        assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -658,7 +716,6 @@ def test_a_job_that_does_not_exist_is_refused(pipeline, capfd):
         {"fn_index": 1, "data": []},  # this one cancels in the browser alone
         {"data": []},
         {"data": [*HEAVY, 1]},
-        {"session_hash": ""},
     )
     request = {"data": HEAVY, "fn_index": 0, "session_hash": "session", "event_data": None}
     with serve(pipeline) as url:
@@ -678,9 +735,11 @@ def test_forged_values_are_explained_and_leave_nothing_in_the_log(pipeline, capf
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_large_request_is_refused(pipeline):
+@pytest.mark.parametrize("route", ["gradio_api/queue/join", "login"])
+def test_a_large_request_is_refused(pipeline, route):
     with serve(pipeline) as url:
-        answer = join_queue(url, "generate", [["x" * 2**20], *HEAVY[1:]], "session")
+        content = PART % b"file" + bytes(2**20) + b"\r\n--x--"
+        answer = httpx.post(url + route, content=content, headers=MULTIPART, timeout=20)
     assert answer.status_code == 413
 
 

@@ -2,14 +2,15 @@
 
 import asyncio
 import ipaddress
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import gradio as gr
-from gradio import processing_utils
-from gradio_client.utils import strip_invalid_filename_characters
+from gradio_client.utils import strip_invalid_filename_characters, traverse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -24,8 +25,9 @@ MAX_VISITOR_JOBS = 4
 LISTEN_SECONDS = 10.0
 MAX_REQUEST_BYTES = 2**16
 
-MAX_UPLOADS = 8
-MAX_VISITOR_UPLOADS = 2
+# These bound the uploads in progress, and also the uploaded files that have not been read.
+MAX_UPLOADS = 16
+MAX_VISITOR_UPLOADS = 4
 MAX_UPLOAD_BYTES = 5 * 2**20
 UPLOAD_SECONDS = 60.0
 
@@ -79,15 +81,15 @@ class Gate:
         self.folder = folder
         self.listening: list[str] = []  # sessions with an open stream of messages
         self.uploading: list[str] = []  # addresses with an upload in progress
-        self.stored: dict[Path, None] = {}  # uploaded files, from the oldest to the newest
+        self.stored: dict[Path, str] = {}  # uploaded files with their visitors, from the oldest to the newest
         self.tasks: set[asyncio.Task] = set()
         self.push_job, page._queue.push = page._queue.push, self.push
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         _, is_api, route = scope.get("path", "").partition("/gradio_api/")
-        if scope["type"] != "http" or not is_api:
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif route.split("/")[0] not in USED_ROUTES:
+        elif is_api and route.split("/")[0] not in USED_ROUTES:
             await PlainTextResponse("This page does not have that.", 404)(scope, receive, send)
         elif route == "upload":
             await self.respond_to_upload(scope, receive, send)
@@ -105,10 +107,17 @@ class Gate:
             HTTPException: if the page has no such job, or the visitor has too many jobs already.
         """
         job = self.page.fns.get(body.fn_index)
-        if job is None or job.fn is None or len(body.data) != len(job.inputs) or not body.session_hash:
+        if job is None or job.fn is None or len(body.data) != len(job.inputs):
             raise HTTPException(400, "This page has no such job.")
+        # One name that is no valid Unicode would make Gradio's statistics fail after each job of any visitor.
+        if not re.fullmatch(r"[a-zA-Z0-9-]{1,64}", body.session_hash):
+            raise HTTPException(400, "The name of a session must be 1 to 64 letters, digits and hyphens.")
+        traverse(body.data, self.check_file, lambda value: isinstance(value, dict) and "path" in value)
         visitor = visitor_address(request.scope)
-        events = self.page._queue.event_ids_to_events.values()
+        # Gradio's `event_ids_to_events` would keep a job that is cancelled twice.
+        queue = self.page._queue
+        jobs = [*(line.queue for line in queue.event_queue_per_concurrency_id.values()), *queue.active_jobs]
+        events = [event for job in jobs for event in job or ()]
         if sum(visitor_address(event.request.scope) == visitor for event in events) >= MAX_VISITOR_JOBS:
             raise HTTPException(
                 429, f"{MAX_VISITOR_JOBS} of your requests are waiting already. Wait until one is finished."
@@ -119,6 +128,11 @@ class Gate:
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
         return success, event_id, state
+
+    def check_file(self, file: dict) -> None:
+        """Raises `HTTPException` if a file in the data of a job is no uploaded file."""
+        if not any(file["path"] == str(path) for path in self.stored):
+            raise HTTPException(400, "The uploaded file does not exist any more. Upload it again.")
 
     async def drop_unheard(self, session: str, event_id: str) -> None:
         """Drops the jobs of a session that has not listened to one of them in time."""
@@ -162,7 +176,8 @@ class Gate:
     async def store_upload(self, request: Request) -> str:
         """Stores the file of an upload where Gradio looks for it, and returns its path.
 
-        The file is removed when it has not been read for a while, or when many newer ones wait.
+        The file is removed when it has not been read for a while, or when many newer ones wait. It has a
+        folder of its own, because two visitors may upload the same file, and each of them removes theirs.
         """
         async with request.form(max_files=1, max_fields=0) as form:
             file = form.get("files")
@@ -171,18 +186,21 @@ class Gate:
             content = await file.read()
         if len(content) > MAX_UPLOAD_BYTES:
             raise HTTPException(413, f"The file is larger than {MAX_UPLOAD_BYTES} bytes.")
-        name = strip_invalid_filename_characters(Path(file.filename or "").name).lstrip(".") or "image"
-        path = Path(processing_utils.save_bytes_to_cache(content, name, str(self.folder)))
-        self.stored.pop(path, None)
-        self.stored[path] = None
-        if len(self.stored) > MAX_UPLOADS:
+        visitor = visitor_address(request.scope)
+        own = [path for path, owner in self.stored.items() if owner == visitor]
+        if len(own) >= MAX_VISITOR_UPLOADS:
+            self.remove_upload(own[0])
+        elif len(self.stored) >= MAX_UPLOADS:
             self.remove_upload(next(iter(self.stored)))
+        name = strip_invalid_filename_characters(Path(file.filename or "").name).lstrip(".") or "image"
+        path = Path(mkdtemp(dir=self.folder), name)
+        path.write_bytes(content)
+        self.stored[path] = visitor
         asyncio.get_running_loop().call_later(UPLOAD_SECONDS, self.remove_upload, path)
         return str(path)
 
     def remove_upload(self, path: Path) -> None:
         """Removes an uploaded file, if it has not been read, and its folder."""
-        self.stored.pop(path, None)
-        path.unlink(missing_ok=True)
-        with suppress(OSError):  # another file in the folder
+        if self.stored.pop(path, None):
+            path.unlink(missing_ok=True)
             path.parent.rmdir()

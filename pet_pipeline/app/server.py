@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
-from gradio import processing_utils
 from starlette.middleware import Middleware
 
 from ..pipeline_pet_diffusion import PetDiffusionPipeline
@@ -25,12 +24,7 @@ MAX_QUEUE = 16
 MAX_SESSIONS = 1000
 STYLE = Path(__file__).parent / "style.css"
 # A Space is reached only through proxies in private networks, which tell the address of the visitor.
-SPACE_PROXIES = "127.0.0.1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16"
-
-
-async def refuse_download(url: str, **kwargs: Any) -> str:
-    """Stands in for the function of Gradio that fetches `url` for a request."""
-    raise gr.Error("This page fetches nothing from elsewhere.", print_exception=False)
+SPACE_PROXIES = "127.0.0.1,10.0.0.0/8,100.64.0.0/10,172.16.0.0/12,192.168.0.0/16"
 
 
 def restore_variable(name: str, value: str | None) -> None:
@@ -73,10 +67,6 @@ def serve(
         for name in variables:
             restored.callback(restore_variable, name, os.environ.get(name))
         os.environ.update(variables)
-        # Without this, Gradio would fetch any address that a visitor sends instead of a file.
-        download = processing_utils.async_ssrf_protected_download
-        restored.callback(setattr, processing_utils, "async_ssrf_protected_download", download)
-        processing_utils.async_ssrf_protected_download = refuse_download
         closed = threading.Event()
         page = build_app(pipeline, reference, closed).queue(max_size=MAX_QUEUE, api_open=False)
         try:
