@@ -14,7 +14,7 @@ from gradio_client.utils import strip_invalid_filename_characters, traverse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
@@ -114,10 +114,10 @@ class Gate:
             raise HTTPException(400, "The name of a session must be 1 to 64 letters, digits and hyphens.")
         traverse(body.data, self.check_file, lambda value: isinstance(value, dict) and "path" in value)
         visitor = visitor_address(request.scope)
-        # Gradio's `event_ids_to_events` would keep a job that is cancelled twice.
         queue = self.page._queue
         jobs = [*(line.queue for line in queue.event_queue_per_concurrency_id.values()), *queue.active_jobs]
         events = [event for job in jobs for event in job or ()]
+        queue.event_ids_to_events = {event._id: event for event in events}  # others were cancelled twice
         if sum(visitor_address(event.request.scope) == visitor for event in events) >= MAX_VISITOR_JOBS:
             raise HTTPException(
                 429, f"{MAX_VISITOR_JOBS} of your requests are waiting already. Wait until one is finished."
@@ -158,7 +158,7 @@ class Gate:
         visitor = visitor_address(scope)
         visitor_uploads = self.uploading.count(visitor)
         if visitor_uploads >= MAX_VISITOR_UPLOADS or len(self.uploading) >= MAX_UPLOADS:
-            response = PlainTextResponse("Too many files are being uploaded. Try again.", 429)
+            response: Response = PlainTextResponse("Too many files are being uploaded. Try again.", 429)
             return await response(scope, receive, send)
         self.uploading.append(visitor)
         try:

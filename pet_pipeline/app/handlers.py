@@ -4,7 +4,7 @@ import html
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -47,22 +47,22 @@ def shown_errors() -> Iterator[None]:
         raise gr.Error(html.escape(str(error)), print_exception=False) from None
 
 
-def settings_from_inputs(values: list[Any], names: list[str]) -> SampleSettings:
+def settings_from_inputs(values: Sequence[Any], names: list[str]) -> SampleSettings:
     """Returns the settings that the values of the page's inputs stand for.
 
     Args:
-        values (`list`): one value for each option of [`SampleSettings`], in the same order.
+        values (`Sequence`): one value for each option of [`SampleSettings`], in the same order.
         names (`list[str]`): the classes of the model.
 
     Raises:
         ValueError: if a value is not one that the page offers.
     """
-    settings = {}
+    settings: dict[str, Any] = {}
     for (name, option), value in zip(SampleSettings.options().items(), values):
         if option.slider is not None:
             low, high, _ = option.slider
             check_number(option.label, value, low, high)
-            settings[name] = SampleSettings.number_type(name)(value)
+            settings[name] = int(value) if SampleSettings.number_type(name) is int else float(value)
         elif option.none_label is not None and value == option.none_label:
             settings[name] = None
         elif value in (option.choices or names):
@@ -105,8 +105,9 @@ class Handlers:
                 f"The model has a guider, {type(pipeline.guider).__name__}, but the page has settings "
                 "of its own for the guidance. Save the model without the guider."
             )
-        low, high, _ = SampleSettings.options()["pag_scale"].slider
-        check_number("The saved `pag_scale`", pipeline.config.pag_scale, low, high)
+        slider = SampleSettings.options()["pag_scale"].slider
+        assert slider is not None
+        check_number("The saved `pag_scale`", pipeline.config.pag_scale, *slider[:2])
         self.pipeline = pipeline
         self.reference = reference
         self.closed = closed
@@ -117,16 +118,16 @@ class Handlers:
         self.classifier.set_progress_bar_config(disable=True)
         self.examples = example_images(pipeline, reference)
         # The figure depends on the settings alone, and drawing it takes almost half a second.
-        self.guidance_html = lru_cache(MAX_GUIDANCE_FIGURES)(self.guidance_html)
+        self.guidance_html = lru_cache(MAX_GUIDANCE_FIGURES)(self.plot_guidance)
 
     # Drawing
 
-    def guidance_html(self, settings: SampleSettings) -> str:
+    def plot_guidance(self, settings: SampleSettings) -> str:
         """Returns the plot of the guidance weight at each step."""
         scheduler = scheduler_by_name(settings.scheduler, self.pipeline.scheduler)
         sigmas, weights = guidance_weights(scheduler, settings)
         text = f"Strength of the guidance at each step, from {min(weights):.3g} to {max(weights):.3g}"
-        evaluations = num_evaluations(sigmas, weights, settings.pag_scale)
+        evaluations = num_evaluations(sigmas, weights, settings.pag_scale or 0.0)
         caption = f"{evaluations} evaluations of the model for each image"
         figures = figures_html({caption: image_tag(guidance_figure(sigmas, weights), text)})
         return f'<div class="pet-figures">{figures}</div>'
@@ -163,10 +164,9 @@ class Handlers:
             (found,) = stream(lambda report: neighbors_html(samples, images), self.closed)
             yield *[gr.skip()] * 4, found
 
-    def compare(
-        self, names: Any, number: Any, seed: Any, is_drawn: Any, compared: dict[str, SampleSettings]
-    ) -> Iterator[tuple]:
+    def compare(self, request: Sequence[Any], compared: dict[str, SampleSettings]) -> Iterator[tuple]:
         """Draws the same seeds with several settings, and yields the status, the images and the seed."""
+        names, number, seed, is_drawn = request
         seed = draw_seed(seed, is_drawn)
         finished: list[str] = []
         seconds = 0.0
@@ -197,7 +197,7 @@ class Handlers:
                 "A": settings_from_inputs(values[:half], self.names),
                 "B": settings_from_inputs(values[half:], self.names),
             }
-            yield from self.compare(*request, pair)
+            yield from self.compare(request, pair)
 
     def compare_steps(self, *values: Any) -> Iterator[tuple]:
         """Compares several numbers of steps, with the other settings of A."""
@@ -205,7 +205,7 @@ class Handlers:
         with shown_errors():
             settings = settings_from_inputs(values[: len(values) // 2], self.names)
             numbers = {f"{steps} steps": replace(settings, steps=steps) for steps in COMPARED_STEPS}
-            yield from self.compare(*request, numbers)
+            yield from self.compare(request, numbers)
 
     # Classifying
 

@@ -200,7 +200,7 @@ def sample(
     return samples(
         images,
         seconds=time.perf_counter() - began,
-        evaluations=num_evaluations(sigmas, weights, settings.pag_scale),
+        evaluations=num_evaluations(sigmas, weights, settings.pag_scale or 0.0),
         strip=recorder.strip(pipe, range(0, len(images), number), names, scale=1),
     )
 
@@ -265,7 +265,7 @@ def classify(
         return classifier.pixel_errors(*args)
 
     reporting = copy(classifier)
-    reporting.pixel_errors = pixel_errors
+    reporting.pixel_errors = pixel_errors  # type: ignore[method-assign, assignment]
     return reporting(
         image,
         num_evaluations=int(num_evaluations),
