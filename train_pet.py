@@ -38,11 +38,13 @@ from pet_pipeline.publishing.push import push_folder
 from pet_pipeline.training.checkpointing import (
     Interruption,
     TrainingState,
+    check_description,
     checkpoint_path,
     choose_checkpoint,
+    describe_training,
     how_to_resume,
     load_checkpoint,
-    read_split,
+    read_description,
     save_checkpoint,
     set_aside,
 )
@@ -82,14 +84,14 @@ class Training:
     ema: EMAModel
     log: TrainingLog
     results: TrainingResults
-    split: dict[str, Any]  # how the data set is split, for checkpoints
+    description: dict[str, Any]  # what a resumed training must have in common with its checkpoint
     checkpoint: Path | None  # the checkpoint that the training continues
     max_steps: int | None
     repo_id: str
 
 
 def load_data(
-    args: argparse.Namespace, resolution: int, checkpoint: Path | None
+    args: argparse.Namespace, resolution: int, earlier_split: dict[str, Any] | None
 ) -> tuple[ImageDataset, ImageDataset]:
     """Loads the data set, and returns its images for training and those held out.
 
@@ -105,8 +107,7 @@ def load_data(
         cache_dir=args.cache_dir,
         max_samples=args.max_train_samples,
     )
-    earlier = None if checkpoint is None else read_split(checkpoint)
-    return split_dataset(dataset, args.validation_fraction, earlier)
+    return split_dataset(dataset, args.validation_fraction, earlier_split)
 
 
 def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
@@ -118,13 +119,14 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     checkpoint, damaged = choose_checkpoint(args, accelerator.num_processes)
+    earlier = {} if checkpoint is None else read_description(checkpoint)
 
     # Data, decoded once
     pretrained, resolution = None, args.resolution or 32
     if args.pretrained_model_name_or_path is not None:
         pretrained = PetDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
         resolution = args.resolution or pretrained.transformer.config.sample_size
-    train_set, held_out_set = load_data(args, resolution, checkpoint)
+    train_set, held_out_set = load_data(args, resolution, earlier.get("split"))
     loader = torch.utils.data.DataLoader(
         train_set,
         batch_size=args.train_batch_size,
@@ -138,7 +140,10 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     )
 
     # Model, loss, optimizer, and the pipeline of the averaged weights
-    transformer, scheduler = create_denoiser(args, pretrained, train_set)
+    transformer, scheduler = create_denoiser(args, pretrained, train_set, earlier.get("model"))
+    description = describe_training(args, transformer, describe_split(train_set, held_out_set))
+    if checkpoint is not None:
+        check_description(earlier, description)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     loss_function = BalancedAdaptiveLoss(
@@ -209,7 +214,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
         results=TrainingResults(
             args, accelerator, state, log, ema, pipeline, model_card, train_set, held_out_set
         ),
-        split=describe_split(train_set, held_out_set),
+        description=description,
         checkpoint=checkpoint,
         max_steps=min(limits, default=None),
         repo_id=repo_id,
@@ -319,7 +324,11 @@ def train(args: argparse.Namespace, training: Training, state: TrainingState) ->
                 is_saved = checkpoint == checkpoint_path(args.output_dir, state.step)
                 if is_due or (is_interrupted and not is_saved):
                     checkpoint = save_checkpoint(
-                        accelerator, args.output_dir, state.step, training.split, args.checkpoints_total_limit
+                        accelerator,
+                        args.output_dir,
+                        state.step,
+                        training.description,
+                        args.checkpoints_total_limit,
                     )
                 if is_interrupted:
                     message = f"interrupted; step {state.step:,} is saved in {checkpoint}."

@@ -187,7 +187,7 @@ def test_damage_is_found_in_every_file(run_of_two):
         "model.safetensors",
         "optimizer.bin",
         "random_states_0.pkl",
-        "split.json",
+        "training.json",
     ]
     found = 0
     for name in names:
@@ -226,7 +226,7 @@ FILES_OF_A_CHECKPOINT = [
     "model.safetensors",
     "optimizer.bin",
     "random_states_0.pkl",
-    "split.json",
+    "training.json",
     "custom_checkpoint_0.pkl",
     "custom_checkpoint_1.pkl",
     "custom_checkpoint_2.pkl",

@@ -533,13 +533,30 @@ def test_labels_are_dropped_at_the_stated_rate(image_folder, tmp_path, monkeypat
     assert {0, 1, 2} == set(labels.tolist())
 
 
-def test_a_checkpoint_of_another_configuration_is_refused(finished_run, image_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adamw"}, "`optimizer` 'muon', and so it cannot be continued with 'adamw'.$"),
+        ({"no-learned_weighting": True}, "`learned_weighting` True, .* with False.$"),
+        ({"model_config": json.dumps({**TINY, "num_attention_heads": 2})}, "`num_attention_heads` 1, "),
+        ({"prediction_type": "v_prediction"}, "`prediction_type` 'epsilon', .* with 'v_prediction'.$"),
+        ({"resolution": 16}, "`sample_size` 8, and so it cannot be continued with 16.$"),
+        ({"no-frequency_preconditioning": True}, r"`frequency_variances` \[.*, \.\.\.\], .* with None.$"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The data set or the validation fraction has changed")
+def test_a_checkpoint_of_another_training_is_refused(options, message, finished_run, image_folder, tmp_path):
     resume = {"resume_from_checkpoint": finished_run / "checkpoint-3", "max_train_steps": 6}
-    wider = json.dumps({**TINY, "num_attention_heads": 2})
-    with pytest.raises(ValueError, match="of another configuration"):
-        train(image_folder, tmp_path / "out", model_config=wider, **resume)
-    with pytest.raises(ValueError, match="of another configuration"):
-        train(image_folder, tmp_path / "out", optimizer="adamw", **resume)
+    with pytest.raises(ValueError, match=f"The checkpoint was trained with {message}"):
+        train(image_folder, tmp_path / "out", **{**resume, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_have_the_accumulation_of_the_command_after_resuming(finished_run, image_folder, tmp_path):
+    options = {"resume_from_checkpoint": finished_run / "checkpoint-3", "gradient_accumulation_steps": 2}
+    train(image_folder, tmp_path / "out", max_train_steps=5, **options)
+    losses = [record for record in metrics(tmp_path / "out") if "train/loss" in record]
+    assert [(record["step"], record["images"]) for record in losses] == [(4, 40), (5, 56)]
 
 
 def test_a_run_resumed_in_another_precision_says_so(finished_run, image_folder, tmp_path):
@@ -580,11 +597,15 @@ def test_a_run_resumed_with_a_grown_data_set_holds_the_same_images_out(image_fol
     seen = held_out_images(monkeypatch)
     options = {"max_train_steps": 3, "validation_fraction": 0.2}
     train(image_folder, tmp_path / "out", **options)
+    config = PetDiffusionPipeline.from_pretrained(tmp_path / "out").transformer.config
     grown = with_further_images(image_folder, tmp_path / "grown")
     options |= {"resume_from_checkpoint": "latest", "validation_steps": 100}
     with pytest.warns(UserWarning, match="data set .* has changed .* 8 of the 8 images .* held out again.$"):
         train(grown, tmp_path / "out", **{**options, "max_train_steps": 5})
     assert torch.equal(seen[0], seen[-1]) and len(seen[0]) == 8
+    # The model is preconditioned as before: its weights were trained so.
+    resumed = PetDiffusionPipeline.from_pretrained(tmp_path / "out").transformer.config
+    assert resumed.frequency_variances == config.frequency_variances
     assert "42 images of a local data set" in (tmp_path / "out" / "README.md").read_text()
     # The checkpoint is now of the grown data set.
     with warnings.catch_warnings():
@@ -613,9 +634,9 @@ def test_a_run_resumed_with_another_data_set_says_so(image_folder, tmp_path):
 def test_a_checkpoint_of_an_earlier_version_is_refused(finished_run, image_folder, tmp_path):
     checkpoint = tmp_path / "out" / "checkpoint-3"
     shutil.copytree(finished_run / "checkpoint-3", checkpoint)
-    (checkpoint / "split.json").unlink()
+    (checkpoint / "training.json").unlink()
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    del manifest["sha256"]["split.json"]
+    del manifest["sha256"]["training.json"]
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="of an earlier version .* --pretrained_model_name_or_path"):
         train(image_folder, tmp_path / "out", resume_from_checkpoint="latest")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import shutil
 import signal
 import warnings
@@ -19,14 +20,14 @@ from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 
 
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
-SPLIT = "split.json"
+DESCRIPTION = "training.json"
 # The prefix of files and folders that are still being written.
 PARTIAL = "partial-"
 
@@ -70,7 +71,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     output_dir: str | Path,
     step: int,
-    split: dict[str, Any],
+    description: dict[str, Any],
     total_limit: int | None = None,
 ) -> Path:
     """Saves the training state and removes the oldest checkpoints; every process must call it.
@@ -82,7 +83,7 @@ def save_checkpoint(
         accelerator (`Accelerator`): with the prepared and registered objects of the training.
         output_dir (`str` or `Path`): the run's folder.
         step (`int`): optimizer steps done.
-        split (`dict`): the run's split of the data set, see [`describe_split`].
+        description (`dict`): the description of the training, see [`describe_training`].
         total_limit (`int`, *optional*): how many checkpoints to keep.
 
     Raises:
@@ -98,7 +99,7 @@ def save_checkpoint(
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (partial / SPLIT).write_text(json.dumps(split))
+            (partial / DESCRIPTION).write_text(json.dumps(description))
             write_manifest(partial)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(partial, path)
@@ -191,20 +192,59 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path
     )
 
 
-def read_split(checkpoint: Path) -> dict[str, Any]:
-    """Returns the split of the data set that a checkpoint was trained with, see [`describe_split`].
+def describe_training(
+    args: argparse.Namespace, transformer: ModelMixin, split: dict[str, Any]
+) -> dict[str, Any]:
+    """Describes what a resumed training must have in common with its checkpoint.
+
+    Args:
+        args (`argparse.Namespace`): the options of `train_pet.py`.
+        transformer (`ModelMixin`): the denoiser.
+        split (`dict`): the split of the data set, see [`describe_split`].
+
+    Returns:
+        `dict`: JSON of the split, of the options that decide what a checkpoint holds, and of the denoiser's
+        configuration without its dropout, which a resumed training may change.
+    """
+    config = json.loads(transformer.to_json_string())
+    del config["dropout"]
+    return {
+        "split": split,
+        "options": {"optimizer": args.optimizer, "learned_weighting": args.learned_weighting},
+        "model": {name: value for name, value in config.items() if not name.startswith("_")},
+    }
+
+
+def read_description(checkpoint: Path) -> dict[str, Any]:
+    """Returns the description of the training that wrote a checkpoint, see [`describe_training`].
 
     Raises:
         ValueError: if an earlier version of this package wrote the checkpoint, in another format.
     """
     try:
-        return json.loads((checkpoint / SPLIT).read_text())
+        return json.loads((checkpoint / DESCRIPTION).read_text())
     except FileNotFoundError:
         raise ValueError(
             f"The checkpoint {str(checkpoint)!r} is of an earlier version of pet_pipeline and cannot be "
             "continued. A new run can start from the weights of a pipeline folder, such as that run's "
             "`best`, with --pretrained_model_name_or_path."
         ) from None
+
+
+def check_description(earlier: dict[str, Any], description: dict[str, Any]) -> None:
+    """Checks that a training can continue a checkpoint; [`split_dataset`] has checked the split.
+
+    Raises:
+        ValueError: if an option or the configuration of the denoiser differs.
+    """
+    for part in ("options", "model"):
+        for name, value in description[part].items():
+            before = earlier[part].get(name, value)
+            if before != value:
+                raise ValueError(
+                    f"The checkpoint was trained with `{name}` {reprlib.repr(before)}, and so it cannot be "
+                    f"continued with {reprlib.repr(value)}."
+                )
 
 
 def choose_checkpoint(args: argparse.Namespace, num_processes: int) -> tuple[Path | None, list[Path]]:
@@ -259,18 +299,12 @@ def load_checkpoint(
         checkpoint (`Path`): the folder of the checkpoint.
         optimizer (`torch.optim.Optimizer`), ema (`EMAModel`), state ([`TrainingState`]): objects of the
             training.
-
-    Raises:
-        ValueError: if the checkpoint is of another configuration.
     """
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     ema_options = {name: getattr(ema, name) for name in ("decay", "inv_gamma", "power")}
-    try:
-        accelerator.load_state(str(checkpoint))
-    except (RuntimeError, ValueError, KeyError) as error:  # about shapes, parameter groups and names
-        raise ValueError(
-            f"The checkpoint {str(checkpoint)!r} is of another configuration: {error}"
-        ) from error
+    accelerator.load_state(str(checkpoint))
+    # The next optimizer step begins here, also if --gradient_accumulation_steps has changed.
+    accelerator.step = 0
     for group, values in zip(optimizer.param_groups, options):
         group.update(values)
     vars(ema).update(ema_options)

@@ -1,6 +1,7 @@
 """The denoiser that a training starts from: a new one, or that of a saved pipeline for fine-tuning."""
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ def create_denoiser(
     args: argparse.Namespace,
     pretrained: PetDiffusionPipeline | None,
     train_set: ImageDataset,
+    earlier_config: dict[str, Any] | None = None,
 ) -> tuple[PetTransformer2DModel, AdaptiveEDMScheduler]:
     """Creates the denoiser of a training, and the scheduler of its noise levels.
 
@@ -21,6 +23,8 @@ def create_denoiser(
         args (`argparse.Namespace`): the options of `train_pet.py`.
         pretrained ([`PetDiffusionPipeline`], *optional*): the saved pipeline to start from.
         train_set ([`ImageDataset`]): the images to train on.
+        earlier_config (`dict`, *optional*): the configuration of the denoiser in the checkpoint to continue.
+            A new denoiser keeps the spectrum that was measured then, even if the data set has changed.
 
     Raises:
         ValueError: if the saved model does not fit the images, as in [`adapt_model`].
@@ -40,7 +44,8 @@ def create_denoiser(
     }
     if args.frequency_preconditioning and "frequency_variances" not in config:
         patch_size = config.get("patch_size", PRESETS[args.preset]["patch_size"])
-        config["frequency_variances"] = frequency_variances(train_set.images, patch_size)
+        measured = (earlier_config or {}).get("frequency_variances")
+        config["frequency_variances"] = measured or frequency_variances(train_set.images, patch_size)
     return PetTransformer2DModel.from_preset(args.preset, **config), scheduler
 
 

@@ -197,7 +197,7 @@ def checkpoint_content(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
             content[path.name] = load_file(path)
-        elif path.name == "split.json":
+        elif path.name == "training.json":
             content[path.name] = json.loads(path.read_text())
         elif path.name != "manifest.json":
             content[path.name] = torch.load(path, weights_only=False)
