@@ -1,3 +1,5 @@
+import io
+
 import datasets
 import numpy as np
 import pytest
@@ -53,6 +55,22 @@ def test_parquet_with_columns_of_other_names(tmp_path):
         load(tmp_path / "data", tmp_path, image_column="picture")
     with pytest.raises(ValueError, match="'author' .`label_column`. must be of the type ClassLabel"):
         load(tmp_path / "data", tmp_path, label_column="author")
+
+
+def test_parquet_with_undecoded_and_missing_images(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "white").save(file, "PNG")
+    image = {"bytes": file.getvalue(), "path": None}
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    for name, images in (("undecoded", [image, image]), ("missing", [image, None])):
+        (tmp_path / name).mkdir()
+        rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1]}, features=features)
+        rows.to_parquet(tmp_path / name / "train.parquet")
+    assert load(tmp_path / "undecoded", tmp_path).images.eq(255).all()
+    with pytest.raises(ValueError, match="The image of row 1 cannot be used: it is missing"):
+        load(tmp_path / "missing", tmp_path)
 
 
 def test_bad_requests_are_one_clear_error(image_folder, tmp_path):

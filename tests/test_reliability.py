@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import random
 import shutil
@@ -300,6 +301,16 @@ def test_a_data_set_that_vanished(image_folder, tmp_path, run_of_two, whole_run)
     shutil.copytree(image_folder, data)
     assert train_process(words(data, run_of_two)).exit_code == 0
     assert_same_run(run_of_two, whole_run)
+
+
+def test_weights_whose_validation_loss_is_not_finite_are_not_the_best(image_folder, tmp_path, monkeypatch):
+    losses = iter([math.nan, 2.0, 1.0, math.inf])
+    monkeypatch.setattr(results, "validation_loss", lambda *args: {1.0: next(losses)})
+    options = {"validation_steps": 1, "checkpointing_steps": 1, "max_train_steps": 4}
+    train(image_folder, tmp_path / "out", checkpoints_total_limit=4, **options)
+    ema = torch.load(tmp_path / "out" / "checkpoint-3" / "custom_checkpoint_0.pkl", weights_only=True)
+    best = PetDiffusionPipeline.from_pretrained(tmp_path / "out" / "best")
+    assert_equal([p.detach() for p in best.transformer.parameters()], ema["shadow_params"])
 
 
 def test_best_is_kept_and_is_whole_at_any_moment(image_folder, tmp_path, monkeypatch):

@@ -123,10 +123,14 @@ def load_image_dataset(
     order = np.argsort(rows)  # in the data set's own order, which is the fast one to read
     class_ids = np.repeat(np.arange(len(classes)), [len(r) for r in rows_of_class])[order]
     images = torch.empty(len(rows), 3, resolution, resolution, dtype=torch.uint8)
-    images_of_rows = iter(dataset.select_columns([image_column]).select(rows[order]))
+    decoded = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=True))
+    images_of_rows = iter(decoded.select(rows[order]))
     for index in range(len(rows)):
         try:
-            images[index] = image_to_tensor(next(images_of_rows)[image_column], resolution)
+            image = next(images_of_rows)[image_column]
+            if image is None:
+                raise ValueError("it is missing.")
+            images[index] = image_to_tensor(image, resolution)
         except (ValueError, OSError) as error:  # OSError: an image that cannot be decoded
             raise ValueError(f"The image of row {rows[order][index]} cannot be used: {error}") from None
     return ImageDataset(images, torch.from_numpy(class_ids), classes)

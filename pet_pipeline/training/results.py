@@ -1,6 +1,7 @@
 """What a training measures and leaves behind: validation losses, pictures, and the pipeline with its card."""
 
 import argparse
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,9 +77,12 @@ class TrainingResults:
         self.accelerator.print(
             f"step {self.state.step:,}, {self.state.images:,} images, validation loss {loss:.4f}"
         )
-        if loss < self.state.best_loss or not (self.output_dir / "best").exists():
+        best = self.output_dir / "best"
+        if not best.exists():  # the training may have been resumed into another folder
+            self.state.best_loss = math.inf
+        if loss < self.state.best_loss:  # which a loss that is not finite never is
             self.state.best_loss = loss
-            save_pipeline(pipeline, self.output_dir / "best")
+            save_pipeline(pipeline, best)
 
     def preview(self) -> None:
         """Draws samples and a denoising strip from the averaged weights."""
