@@ -74,8 +74,6 @@ def test_sampling_and_training_stay_finite(preset, size, batch_size, device):
                 model_output,
                 scheduler.training_target(images, noisy_images, sigmas),
                 sigmas,
-                denoised=scheduler.precondition_outputs(noisy_images, model_output, sigmas),
-                original_samples=images,
             ).loss
         loss.backward()
         gradients = [p.grad for p in model.parameters()]
