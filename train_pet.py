@@ -17,6 +17,7 @@ import math
 import sys
 import time
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,12 @@ from pet_pipeline.training.checkpointing import (
     check_description,
     checkpoint_path,
     choose_checkpoint,
+    claim_folder,
     describe_training,
     how_to_resume,
     load_checkpoint,
     read_description,
     save_checkpoint,
-    set_aside,
 )
 from pet_pipeline.training.data import (
     ImageDataset,
@@ -84,6 +85,7 @@ class Training:
     ema: EMAModel
     log: TrainingLog
     results: TrainingResults
+    lock: AbstractContextManager  # keeps other trainings out of the output folder
     description: dict[str, Any]  # what a resumed training must have in common with its checkpoint
     checkpoint: Path | None  # the checkpoint that the training continues
     max_steps: int | None
@@ -95,7 +97,7 @@ def load_data(
 ) -> tuple[ImageDataset, ImageDataset]:
     """Loads the data set, and returns its images for training and those held out.
 
-    The split does not depend on the seed: what one run has not seen, no run has seen.
+    The split does not depend on the seed, so that no run trains on images that another run holds out.
     """
     dataset = load_image_dataset(
         args.dataset_name,
@@ -121,7 +123,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     checkpoint, damaged = choose_checkpoint(args, accelerator.num_processes)
     earlier = {} if checkpoint is None else read_description(checkpoint)
 
-    # Data, decoded once
+    # The images, which are decoded once and held in memory
     pretrained, resolution = None, args.resolution or 32
     if args.pretrained_model_name_or_path is not None:
         pretrained = PetDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
@@ -142,8 +144,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     # Model, loss, optimizer, and the pipeline of the averaged weights
     transformer, scheduler = create_denoiser(args, pretrained, train_set, earlier.get("model"))
     description = describe_training(args, transformer, describe_split(train_set, held_out_set))
-    if checkpoint is not None:
-        check_description(earlier, description)
+    check_description(earlier, description)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     loss_function = BalancedAdaptiveLoss(
@@ -159,7 +160,6 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
         (args.adam_beta1, args.adam_beta2),
         args.adam_epsilon,
     )
-    base_rates = [group["lr"] for group in optimizer.param_groups]
     ema = EMAModel(
         transformer.parameters(),
         decay=args.ema_max_decay if args.use_ema else 0.0,
@@ -181,11 +181,8 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     repo_id = args.hub_model_id or output_dir.resolve().name
     if args.push_to_hub and accelerator.is_main_process:
         repo_id = create_repository(repo_id, args.hub_private_repo, args.hub_token).id
-    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = claim_folder(output_dir, damaged) if accelerator.is_main_process else nullcontext()
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for path in damaged:
-            set_aside(path)
 
     # Accelerate, the length of the training, and the checkpoint
     model = DenoiserWithLoss(transformer, loss_function)
@@ -194,7 +191,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     limits = [args.max_train_steps] if args.max_train_steps is not None else []
     if args.num_train_epochs is not None:
         limits.append(math.ceil(args.num_train_epochs * len(loader) / args.gradient_accumulation_steps))
-    set_seed(args.seed, device_specific=True)  # for processes that the checkpoint does not know
+    set_seed(args.seed, device_specific=True)  # a checkpoint may have fewer processes
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint, optimizer, ema, state)
     state.precision = accelerator.mixed_precision
@@ -207,13 +204,14 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
         model=model,
         scheduler=scheduler,
         optimizer=optimizer,
-        base_rates=base_rates,
+        base_rates=[group["lr"] for group in optimizer.param_groups],
         loader=loader,
         ema=ema,
         log=log,
         results=TrainingResults(
             args, accelerator, state, log, ema, pipeline, model_card, train_set, held_out_set
         ),
+        lock=lock,
         description=description,
         checkpoint=checkpoint,
         max_steps=min(limits, default=None),
@@ -319,8 +317,8 @@ def train(args: argparse.Namespace, training: Training, state: TrainingState) ->
                     accelerator.set_trigger()
                 is_interrupted = accelerator.check_trigger()  # on any process
                 is_due = is_finite and (state.step % args.checkpointing_steps == 0 or done >= 1)
-                # After skipped steps, the checkpoint of the step before them is as good: the batches that
-                # follow it will be skipped again.
+                # Steps that were skipped since the last checkpoint need no new one: a training that resumes
+                # from it skips them again.
                 is_saved = checkpoint == checkpoint_path(args.output_dir, state.step)
                 if is_due or (is_interrupted and not is_saved):
                     checkpoint = save_checkpoint(
@@ -371,8 +369,9 @@ def push(args: argparse.Namespace, training: Training, message: str) -> str:
 def main(args: argparse.Namespace, state: TrainingState) -> None:
     """Trains from the first step or from a checkpoint, saves and publishes; `state` tells the progress."""
     training = prepare(args, state)
-    train(args, training, state)
-    training.results.finish()
+    with training.lock:
+        train(args, training, state)
+        training.results.finish()
     training.accelerator.end_training()
     if args.push_to_hub and training.accelerator.is_main_process:
         try:

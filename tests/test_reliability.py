@@ -35,7 +35,12 @@ from support.training_process import (
 import train_pet
 from pet_pipeline import BalancedAdaptiveLoss, PetDiffusionPipeline
 from pet_pipeline.training import results
-from pet_pipeline.training.checkpointing import find_checkpoint, list_checkpoints, save_pipeline
+from pet_pipeline.training.checkpointing import (
+    claim_folder,
+    find_checkpoint,
+    list_checkpoints,
+    save_pipeline,
+)
 
 
 PREDICTABLE = str(Path(__file__).parent / "support" / "training_process.py")
@@ -311,6 +316,21 @@ def test_weights_whose_validation_loss_is_not_finite_are_not_the_best(image_fold
     ema = torch.load(tmp_path / "out" / "checkpoint-3" / "custom_checkpoint_0.pkl", weights_only=True)
     best = PetDiffusionPipeline.from_pretrained(tmp_path / "out" / "best")
     assert_equal([p.detach() for p in best.transformer.parameters()], ema["shadow_params"])
+
+
+def test_a_second_training_in_a_folder_is_refused(image_folder, run_of_two, whole_run):
+    before = (run_of_two / "metrics.jsonl").read_bytes()
+    with claim_folder(run_of_two):
+        ended = train_process(words(image_folder, run_of_two))
+    assert ended.exit_code == 1 and "Traceback" not in ended.output, ended.output
+    assert f"train_pet.py: Another training is running in '{run_of_two}'" in ended.output
+    assert (run_of_two / "metrics.jsonl").read_bytes() == before
+    # A training that has ended leaves its file, but no lock.
+    train(image_folder, run_of_two, resume_from_checkpoint="latest", **RUN)
+    assert_same_run(run_of_two, whole_run)
+    assert (run_of_two / "training.lock").exists()
+    with claim_folder(run_of_two):
+        pass
 
 
 def test_best_is_kept_and_is_whole_at_any_moment(image_folder, tmp_path, monkeypatch):

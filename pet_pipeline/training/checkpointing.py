@@ -13,10 +13,11 @@ import reprlib
 import shutil
 import signal
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +29,7 @@ from safetensors import SafetensorError
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
 DESCRIPTION = "training.json"
+LOCK = "training.lock"
 # The prefix of files and folders that are still being written.
 PARTIAL = "partial-"
 
@@ -234,12 +236,16 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
 def check_description(earlier: dict[str, Any], description: dict[str, Any]) -> None:
     """Checks that a training can continue a checkpoint; [`split_dataset`] has checked the split.
 
+    Args:
+        earlier (`dict`): the description in the checkpoint, or an empty one for a new training.
+        description (`dict`): the description of the training, see [`describe_training`].
+
     Raises:
         ValueError: if an option or the configuration of the denoiser differs.
     """
     for part in ("options", "model"):
         for name, value in description[part].items():
-            before = earlier[part].get(name, value)
+            before = earlier.get(part, {}).get(name, value)
             if before != value:
                 raise ValueError(
                     f"The checkpoint was trained with `{name}` {reprlib.repr(before)}, and so it cannot be "
@@ -303,8 +309,8 @@ def load_checkpoint(
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     ema_options = {name: getattr(ema, name) for name in ("decay", "inv_gamma", "power")}
     accelerator.load_state(str(checkpoint))
-    # The next optimizer step begins here, also if --gradient_accumulation_steps has changed.
-    accelerator.step = 0
+    # The next optimizer step begins with the next micro-step, also if their number has changed.
+    accelerator.step -= accelerator.step % accelerator.gradient_accumulation_steps
     for group, values in zip(optimizer.param_groups, options):
         group.update(values)
     vars(ema).update(ema_options)
@@ -325,11 +331,39 @@ def how_to_resume(output_dir: str | Path) -> str:
     return "To continue, give the same command with --resume_from_checkpoint latest."
 
 
-def set_aside(checkpoint: Path) -> None:
-    """Renames a damaged checkpoint, so that it is not found or counted again."""
-    target = checkpoint.with_name(f"damaged-{checkpoint.name}")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(checkpoint, target)
+def claim_folder(folder: Path, damaged: Sequence[Path] = ()) -> IO[str]:
+    """Makes the output folder of a training, and keeps other trainings out of it.
+
+    Args:
+        folder (`Path`): the output folder.
+        damaged (`Sequence[Path]`): damaged checkpoints, which are renamed so that they are not found again.
+
+    Returns:
+        `IO[str]`: the file whose lock ends when the file is closed or the process ends.
+
+    Raises:
+        ValueError: if another training is running in the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("w")
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"Another training is running in {str(folder)!r}. Wait until it ends, or choose another "
+            "--output_dir."
+        ) from None
+    except OSError:  # some network file systems have no locks
+        pass
+    for checkpoint in damaged:
+        target = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(checkpoint, target)
+    return file
 
 
 def trim_log(path: Path, step: int) -> None:
