@@ -393,7 +393,7 @@ if __name__ == "__main__":
         sys.exit(130)
     except OSError as error:
         hint = f" {how_to_resume(arguments.output_dir)}" if training_state.step > 0 else ""
-        sys.exit(f"train_pet.py: {error}{hint}")
+        sys.exit(f"train_pet.py: {str(error).rstrip('.')}.{hint}")
     except ValueError as error:
         if training_state.step > 0:  # a fault of the program, whose traceback is needed
             raise

@@ -266,7 +266,7 @@ def test_a_write_that_fails_is_one_error_and_loses_nothing(name, kind, image_fol
     ended = train_process(words(image_folder, run_of_two, preview_steps=12), fault=(name, kind))
     assert ended.exit_code == 1, ended.output
     assert ended.output.count("train_pet.py: ") == 1 and "Traceback" not in ended.output, ended.output
-    assert "--resume_from_checkpoint latest" in ended.output
+    assert ". To continue, give the same command with --resume_from_checkpoint latest." in ended.output
     if kind == "full":
         assert "No space left on device" in ended.output
     if name in FILES_OF_A_CHECKPOINT:
