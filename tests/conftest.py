@@ -90,3 +90,11 @@ def image_folder(tmp_path_factory):
             pixels[..., channel] += 160
             Image.fromarray(pixels).save(folder / name / f"{index:02}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(image_folder, tmp_path_factory) -> Path:
+    """The output folder of a finished training."""
+    from support.training_process import finish_run  # which loads the training script
+
+    return finish_run(image_folder, tmp_path_factory.mktemp("run") / "out")

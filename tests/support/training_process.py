@@ -7,6 +7,7 @@ import os
 import resource
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -274,3 +275,35 @@ def make_predictable() -> None:
 if __name__ == "__main__":
     make_predictable()
     runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def launch(words: list[str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    return subprocess.run(
+        [*command, str(SCRIPT), *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
+        timeout=240,
+    )
+
+
+def metrics(output_dir) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def denoiser_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The denoiser's part of the module that a training prepares and a checkpoint keeps."""
+    prefix = "transformer."
+    weights = load_file(checkpoint / "model.safetensors")
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
+def finish_run(image_folder: Path, output_dir: Path) -> Path:
+    """Trains to the end, launched as by a user, and returns the output folder."""
+    options = {"report_to": "tensorboard", "preview_steps": 4, "validation_images": 3, "lr_warmup_steps": 0}
+    options["model_config"] = json.dumps({**TINY, "dropout": 0.5})
+    result = launch(arguments(image_folder, output_dir, **options))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Saved the pipeline") == 1
+    return output_dir
