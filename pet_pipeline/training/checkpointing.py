@@ -209,7 +209,7 @@ def describe_training(
         configuration without its dropout, which a resumed training may change.
     """
     config = json.loads(transformer.to_json_string())
-    del config["dropout"]
+    config.pop("dropout", None)  # not every model has this argument
     return {
         "split": split,
         "options": {"optimizer": args.optimizer, "learned_weighting": args.learned_weighting},
