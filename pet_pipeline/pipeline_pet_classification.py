@@ -35,7 +35,7 @@ WEIGHTINGS = ("calibrated", "elbo")
 BAND_RANGE = (0.1, 20.0)
 
 # Evaluations per class after which an image may be decided.
-LOOKS = (8, 16, 32, 64, 128, 256)
+STAGES = (8, 16, 32, 64, 128, 256)
 
 # If no class makes a difference, stopping early contradicts the decision after all evaluations for at most
 # this share of the images. If a class makes a difference, it does for fewer images.
@@ -182,9 +182,9 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
 
         # 3. Errors of each class, until the classes of an image are apart
         is_stopped = adaptive and not return_evidence
-        looks = (*(look // 2 for look in LOOKS if is_stopped and look < num_evaluations), num_draws)
+        stages = (*(stage // 2 for stage in STAGES if is_stopped and stage < num_evaluations), num_draws)
         errors, candidates, maps = self.measure_errors(
-            pixels, noise, sigmas, weights, looks, batch_size, return_evidence
+            pixels, noise, sigmas, weights, stages, batch_size, return_evidence
         )
 
         # 4. Answers
@@ -228,18 +228,18 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
         noise: torch.Tensor,
         sigmas: torch.Tensor,
         weights: torch.Tensor,
-        looks: tuple[int, ...],
+        stages: tuple[int, ...],
         batch_size: int,
         return_maps: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Measures the errors of every class, and gives classes up at each look.
+        """Measures the errors of every class, and gives classes up at each stage.
 
         Args:
             pixels (`torch.Tensor` of shape `(N, channels, height, width)`): the images in [-1, 1].
             noise (`torch.Tensor` of shape `(draws, channels, height, width)`): ε.
             sigmas (`torch.Tensor` of shape `(draws,)`), weights (`torch.Tensor` of the same shape): noise
                 levels σ and their weights.
-            looks (`tuple[int, ...]`): draws after which classes are compared; the last look is all draws.
+            stages (`tuple[int, ...]`): draws after which classes are compared; the last stage is all draws.
             batch_size (`int`): evaluations at once.
             return_maps (`bool`): whether to sum the weighted errors of each pixel too.
 
@@ -254,7 +254,7 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
         candidates = torch.ones(shape, dtype=torch.bool)
         first = 0
         with self.progress_bar(total=len(pixels)) as progress_bar:
-            for number, last in enumerate(looks):
+            for number, last in enumerate(stages):
                 undecided = candidates & (candidates.sum(1, keepdim=True) > 1)
                 pairs = undecided.nonzero().tolist()
                 if not pairs:
@@ -275,7 +275,7 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
                 first = last
                 if last < len(sigmas):
                     order = sigmas[:last].argsort()
-                    possible = still_possible((errors * weights)[..., order], number, looks)
+                    possible = still_possible((errors * weights)[..., order], number, stages)
                     candidates &= possible | ~undecided.any(1, keepdim=True)
                 decided = len(pixels) if last == len(sigmas) else int((candidates.sum(1) == 1).sum())
                 progress_bar.update(decided - progress_bar.n)
@@ -332,7 +332,7 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
         """Returns noise levels `(num_draws,)`, uniform in ln σ over the range of the weighting.
 
         The noise levels follow a van der Corput sequence from a random start, so that the first 1, 2, 4, 8 …
-        levels are stratified too, and with them every look of the sequential test.
+        levels are stratified too, and with them every stage of the sequential test.
         """
         config = self.scheduler.config
         low, high = (config.sigma_min, config.sigma_max) if weighting == "elbo" else BAND_RANGE
@@ -447,14 +447,14 @@ def t_statistic(values: torch.Tensor) -> torch.Tensor:
     return values.mean(-1) / (variance / values.shape[-1]).sqrt()
 
 
-def still_possible(weighted_errors: torch.Tensor, look: int, looks: tuple[int, ...]) -> torch.Tensor:
+def still_possible(weighted_errors: torch.Tensor, stage: int, stages: tuple[int, ...]) -> torch.Tensor:
     """Returns which classes may still be the best, by a group-sequential t-test of paired draws.
 
     Args:
         weighted_errors (`torch.Tensor` of shape `(N, classes, draws)`): ordered by noise level; NaN for
             classes that were given up before.
-        look (`int`): index in `looks`.
-        looks (`tuple[int, ...]`): draws at each look; the last look is all draws.
+        stage (`int`): index in `stages`.
+        stages (`tuple[int, ...]`): draws at each stage; the last stage is all draws.
 
     Returns:
         `torch.Tensor` of shape `(N, classes)`, bool.
@@ -462,36 +462,36 @@ def still_possible(weighted_errors: torch.Tensor, look: int, looks: tuple[int, .
     means = weighted_errors.mean(-1).nan_to_num(math.inf)
     best = means.argmin(1)
     differences = weighted_errors - weighted_errors[torch.arange(len(best)), best][:, None]
-    given_up = t_statistic(differences) > stopping_bounds(looks, means.shape[1])[look]
+    given_up = t_statistic(differences) > stopping_bounds(stages, means.shape[1])[stage]
     return ~(given_up | means.isinf())
 
 
 @lru_cache
-def stopping_bounds(looks: tuple[int, ...], num_classes: int) -> tuple[float, ...]:
-    r"""Returns the bound on t at each look but the last, of the shape of O'Brien and Fleming (1979).
+def stopping_bounds(stages: tuple[int, ...], num_classes: int) -> tuple[float, ...]:
+    r"""Returns the bound on t at each stage but the last, of the shape of O'Brien and Fleming (1979).
 
     The bounds fall as $\sqrt{n_{last} / n_k}$. Their common factor is found by simulation of classes that
     make no difference: for a share `ERROR_RATE` of the images, the class that is the best after all draws
-    would exceed a bound at an earlier look, compared with the class that is the best at that look.
+    would exceed a bound at an earlier stage, compared with the class that is the best at that stage.
 
     Args:
-        looks (`tuple[int, ...]`): draws at each look.
+        stages (`tuple[int, ...]`): draws at each stage.
         num_classes (`int`): number of classes.
     """
-    if len(looks) < 2:
+    if len(stages) < 2:
         return ()
     generator = torch.Generator().manual_seed(0)
-    num_images = min(20_000, max(4000, 2**27 // (num_classes * looks[-1])))
-    shapes = [(looks[-1] / look) ** 0.5 for look in looks[:-1]]
+    num_images = min(20_000, max(4000, 2**27 // (num_classes * stages[-1])))
+    shapes = [(stages[-1] / stage) ** 0.5 for stage in stages[:-1]]
     highest = []
     images = torch.arange(100)
     for _ in range(num_images // len(images)):
-        draws = torch.randn(len(images), num_classes, looks[-1], generator=generator)
+        draws = torch.randn(len(images), num_classes, stages[-1], generator=generator)
         winner = draws[images, draws.mean(-1).argmin(1)]
         ratios = []
-        for look, shape in zip(looks, shapes):
-            leader = draws[images, draws[..., :look].mean(-1).argmin(1)]
-            ratios.append(t_statistic((winner - leader)[:, :look]).nan_to_num(0.0) / shape)
+        for stage, shape in zip(stages, shapes):
+            leader = draws[images, draws[..., :stage].mean(-1).argmin(1)]
+            ratios.append(t_statistic((winner - leader)[:, :stage]).nan_to_num(0.0) / shape)
         highest.append(torch.stack(ratios).amax(0))
     factor = torch.cat(highest).quantile(1 - ERROR_RATE).item()
     return tuple(factor * shape for shape in shapes)

@@ -141,44 +141,44 @@ def test_easy_images_stop_early_and_hard_ones_do_not():
     assert full.num_evaluations == [64] * 8 and full.labels[:4] == output.labels[:4] == ["bright"] * 4
 
 
-def stop_early(errors, looks):
-    """Returns which classes are left after all looks, and which images were decided before all draws."""
+def stop_early(errors, stages):
+    """Returns which classes are left after all stages, and which images were decided before all draws."""
     candidates = torch.ones(errors.shape[:2], dtype=torch.bool)
-    for number, look in enumerate(looks[:-1]):
-        seen = errors[..., :look].masked_fill(~candidates.unsqueeze(-1), torch.nan)
+    for number, stage in enumerate(stages[:-1]):
+        seen = errors[..., :stage].masked_fill(~candidates.unsqueeze(-1), torch.nan)
         undecided = candidates.sum(1, keepdim=True) > 1
-        candidates = torch.where(undecided, candidates & still_possible(seen, number, looks), candidates)
+        candidates = torch.where(undecided, candidates & still_possible(seen, number, stages), candidates)
     return candidates, candidates.sum(1) == 1
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 10, 100])
-@pytest.mark.parametrize("looks", [(4, 8), (4, 8, 16), (4, 8, 16, 32, 64, 128)])
-def test_early_stopping_keeps_its_error_rate_for_any_number_of_classes(num_classes, looks):
+@pytest.mark.parametrize("stages", [(4, 8), (4, 8, 16), (4, 8, 16, 32, 64, 128)])
+def test_early_stopping_keeps_its_error_rate_for_any_number_of_classes(num_classes, stages):
     # No class makes a difference: how often is the class given up that is the best after all draws?
     generator = torch.Generator().manual_seed(1)
     contradicted, num_images = 0, 4000
     for _ in range(num_images // 500):
-        errors = torch.randn(500, num_classes, looks[-1], generator=generator)
-        candidates, _ = stop_early(errors, looks)
+        errors = torch.randn(500, num_classes, stages[-1], generator=generator)
+        candidates, _ = stop_early(errors, stages)
         contradicted += (~candidates[torch.arange(500), errors.mean(-1).argmin(1)]).sum().item()
     rate = contradicted / num_images
-    print(f"{num_classes} classes, looks {looks}: {rate:.3f} against the decision by all draws")
+    print(f"{num_classes} classes, stages {stages}: {rate:.3f} against the decision by all draws")
     assert 0.03 < rate < 0.05 + 3 * (0.05 * 0.95 / num_images) ** 0.5
 
 
 def test_early_stopping_errs_less_if_classes_make_a_difference():
-    looks, num_images = (4, 8, 16), 20_000
+    stages, num_images = (4, 8, 16), 20_000
     rates = {}
     for delta in (0.0, 0.3, 1.0):  # by which class 0 is better
         errors = torch.zeros(num_images, 2, 16)
         errors[:, 1] = delta + torch.randn(num_images, 16, generator=torch.Generator().manual_seed(1))
-        candidates, stopped = stop_early(errors, looks)
+        candidates, stopped = stop_early(errors, stages)
         contradicted = stopped & (candidates.float().argmax(1) != errors.mean(-1).argmin(1))
         rates[delta] = stopped.float().mean().item(), contradicted.float().mean().item()
     print("share stopped early, and against the decision by all draws, by the true difference:", rates)
     assert rates[1.0][1] < 0.01 < rates[0.3][1] < rates[0.0][1] < 0.055
     assert rates[1.0][0] > 1.5 * rates[0.0][0]
-    bounds = stopping_bounds(looks, 2)
+    bounds = stopping_bounds(stages, 2)
     assert bounds[0] > bounds[1] and stopping_bounds((16,), 2) == ()
 
 
