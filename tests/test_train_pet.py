@@ -295,11 +295,11 @@ def test_automatic_precision_is_what_accelerate_was_told(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--max_train_steps", "0"], "--max_train_steps must be positive"),
-        (["--train_batch_size", "-1", "--max_train_steps", "1"], "--train_batch_size must be positive"),
-        (["--ema_inv_gamma", "0", "--max_train_steps", "1"], "--ema_inv_gamma must be positive"),
-        (["--lr_warmup_steps", "-1", "--max_train_steps", "1"], "--lr_warmup_steps must be 0 or more"),
-        (["--label_dropout", "2", "--max_train_steps", "1"], "--label_dropout"),
+        (["--max_train_steps", "0"], "--max_train_steps: must be at least 1"),
+        (["--train_batch_size", "-1", "--max_train_steps", "1"], "--train_batch_size: must be at least 1"),
+        (["--ema_inv_gamma", "0", "--max_train_steps", "1"], "--ema_inv_gamma: must be positive"),
+        (["--lr_warmup_steps", "-1", "--max_train_steps", "1"], "--lr_warmup_steps: must be at least 0"),
+        (["--label_dropout", "2", "--max_train_steps", "1"], "--label_dropout: must be in [0, 1]"),
         (["--model_config", "{num_layers: 1}"], "--model_config: must be JSON"),
         (["--model_config", "[1]"], "must be a JSON object"),
         (["--model_config", '{"foo": 1}', "--max_train_steps", "1"], "has 'foo', but the model has no such"),

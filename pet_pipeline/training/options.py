@@ -7,30 +7,12 @@ from typing import Any
 
 import torch
 
-from ..commands.options import HelpFormatter
+from ..commands.options import HelpFormatter, positive_integer, whole_number
 from ..transformer_pet import PRESETS as MODEL_PRESETS
 from ..transformer_pet import PetTransformer2DModel
 from .losses import PRESETS as LOSS_PRESETS
 
 
-POSITIVE_OPTIONS = (
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "max_train_steps",
-    "num_train_epochs",
-    "max_train_minutes",
-    "max_train_samples",
-    "resolution",
-    "max_grad_norm",
-    "ema_inv_gamma",
-    "logging_steps",
-    "validation_images",
-    "validation_steps",
-    "preview_steps",
-    "preview_images",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-)
 NEW_MODEL_OPTIONS = ("preset", "model_config", "prediction_type", "frequency_preconditioning")
 HUB_OPTIONS = ("hub_model_id", "hub_private_repo", "hub_token", "hub_strategy")
 
@@ -52,6 +34,22 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def positive_number(text: str) -> float:
+    """Parses a number above 0."""
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"must be positive, but is {text}")
+    return number
+
+
+def share(text: str) -> float:
+    """Parses a number in [0, 1]."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1], but is {text}")
+    return number
+
+
 def json_object(text: str) -> dict[str, Any]:
     """Parses a JSON object given on the command line."""
     try:
@@ -64,19 +62,11 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exits with a message if an option is out of range or contradicts another."""
+    """Exits with a message if an option contradicts another."""
 
     def is_given(name: str) -> bool:
         return getattr(args, name) != parser.get_default(name)
 
-    for name in POSITIVE_OPTIONS:
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            parser.error(f"--{name} must be positive, but is {value}")
-    if args.lr_warmup_steps < 0:
-        parser.error(f"--lr_warmup_steps must be 0 or more, but is {args.lr_warmup_steps}")
-    if not 0 <= args.label_dropout <= 1:
-        parser.error(f"--label_dropout must be in [0, 1], but is {args.label_dropout}")
     if args.max_train_steps is None and args.num_train_epochs is None and args.max_train_minutes is None:
         parser.error("one of --max_train_steps, --num_train_epochs and --max_train_minutes is required")
     for name in NEW_MODEL_OPTIONS:
@@ -107,223 +97,181 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag = argparse.BooleanOptionalAction
 
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset_name",
-        default="uoft-cs/cifar10",
-        help="Hub id, folder of a local data set, or image folder",
-    )
-    group.add_argument("--dataset_config_name", help="configuration of the data set")
-    group.add_argument("--image_column", help="column of the images; found by its type if not given")
-    group.add_argument("--label_column", help="column of the labels; found by its type if not given")
-    group.add_argument("--classes", nargs="+", default=["cat", "dog"], help="names of the classes, or `all`")
-    group.add_argument(
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", default="uoft-cs/cifar10", help="Hub id, local data set, or image folder")
+    add("--dataset_config_name", help="configuration of the data set")
+    add("--image_column", help="column of the images; found by its type if not given")
+    add("--label_column", help="column of the labels; found by its type if not given")
+    add("--classes", nargs="+", default=["cat", "dog"], help="names of the classes, or `all`")
+    add(
         "--resolution",
-        type=int,
-        help=(
-            "size that images are resized and cropped to; if not given, the size of the saved model, or 32"
-        ),
+        type=positive_integer,
+        help="size that images are resized and cropped to; the default is that of the saved model, or 32",
     )
-    group.add_argument("--random_flip", action=flag, default=True, help="mirror images at random")
-    group.add_argument(
-        "--validation_fraction", type=float, default=0.1, help="fraction of each class that is held out"
-    )
-    group.add_argument(
+    add("--random_flip", action=flag, default=True, help="mirror images at random")
+    add("--validation_fraction", type=float, default=0.1, help="fraction of each class that is held out")
+    add(
         "--validation_images",
-        type=int,
+        type=positive_integer,
         default=512,
         help="number of held-out images that the validation loss is measured on",
     )
-    group.add_argument("--max_train_samples", type=int, help="largest number of images that are used")
-    group.add_argument("--cache_dir", help="folder of the cache of `datasets`")
-    group.add_argument(
+    add("--max_train_samples", type=positive_integer, help="largest number of images that are used")
+    add("--cache_dir", help="folder of the cache of `datasets`")
+    add(
         "--dataloader_num_workers",
         type=int,
         default=0,
         help="number of loading processes; 0 is fastest, as images are in memory",
     )
 
-    group = parser.add_argument_group("model")
-    group.add_argument("--preset", choices=list(MODEL_PRESETS), default="small", help="size of the denoiser")
-    group.add_argument(
+    add = parser.add_argument_group("model").add_argument
+    add("--preset", choices=list(MODEL_PRESETS), default="small", help="size of the denoiser")
+    add(
         "--model_config",
         type=json_object,
         default={},
         help="JSON object of arguments of the model that override those of the preset",
     )
-    group.add_argument(
+    add(
         "--pretrained_model_name_or_path",
-        help=(
-            "saved pipeline to start from, instead of a new model; classes are matched by "
-            "name, new classes start afresh, and --resolution may differ from that of the "
-            "pipeline"
-        ),
+        help="saved pipeline to start from, instead of a new model; classes are matched by name, new classes "
+        "start afresh, and --resolution may differ from that of the pipeline",
     )
-    group.add_argument(
+    add(
         "--frequency_preconditioning",
         action=flag,
         default=True,
         help="measure the spectrum of the images and precondition a new model by it",
     )
-    group.add_argument(
+    add(
         "--gradient_checkpointing",
         action=flag,
         default=False,
         help="save memory by computing activations twice",
     )
 
-    group = parser.add_argument_group("noise and loss")
-    group.add_argument(
+    add = parser.add_argument_group("noise and loss").add_argument
+    add(
         "--noise_schedule",
         choices=["adaptive", "fixed"],
         default="adaptive",
         help="draw of noise levels; with the learned weighting, `adaptive` stays close to `fixed`",
     )
-    group.add_argument("--p_mean", type=float, default=-1.6, help="mean of ln σ in the training proposal")
-    group.add_argument(
-        "--p_std", type=float, default=1.4, help="standard deviation of ln σ in the training proposal"
-    )
-    group.add_argument(
+    add("--p_mean", type=float, default=-1.6, help="mean of ln σ in the training proposal")
+    add("--p_std", type=float, default=1.4, help="standard deviation of ln σ in the training proposal")
+    add(
         "--prediction_type",
         choices=["epsilon", "v_prediction"],
         default="epsilon",
         help="sign of c_out, with the names of diffusers' EDM schedulers: + for epsilon, - for v_prediction",
     )
-    group.add_argument("--loss", choices=list(LOSS_PRESETS), default="balanced", help="preset of the loss")
-    group.add_argument(
-        "--learned_weighting", action=flag, default=True, help="learn the weight of each noise level"
-    )
-    group.add_argument(
-        "--label_dropout", type=float, default=0.1, help="share of labels that are replaced by the null class"
-    )
+    add("--loss", choices=list(LOSS_PRESETS), default="balanced", help="preset of the loss")
+    add("--learned_weighting", action=flag, default=True, help="learn the weight of each noise level")
+    add("--label_dropout", type=share, default=0.1, help="share of labels replaced by the null class")
 
-    group = parser.add_argument_group("optimization")
-    group.add_argument(
-        "--train_batch_size", type=int, default=64, help="number of images per process and micro-step"
+    add = parser.add_argument_group("optimization").add_argument
+    add("--train_batch_size", type=positive_integer, default=64, help="images per process and micro-step")
+    add(
+        "--gradient_accumulation_steps",
+        type=positive_integer,
+        default=1,
+        help="micro-steps per optimizer step",
     )
-    group.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="number of micro-steps per optimizer step"
+    add("--max_train_steps", type=positive_integer, help="optimizer steps after which the training ends")
+    add(
+        "--num_train_epochs", type=positive_integer, help="passes over the data after which the training ends"
     )
-    group.add_argument(
-        "--max_train_steps", type=int, help="number of optimizer steps after which the training ends"
-    )
-    group.add_argument(
-        "--num_train_epochs", type=int, help="number of passes over the data after which the training ends"
-    )
-    group.add_argument(
+    add(
         "--max_train_minutes",
-        type=float,
+        type=positive_number,
         help="minutes after which the training ends; the learning rate decays by the clock",
     )
-    group.add_argument(
-        "--optimizer",
-        choices=["muon", "adamw"],
-        default="muon",
-        help="Muon together with AdamW, or AdamW alone",
-    )
-    group.add_argument(
+    add("--optimizer", choices=["muon", "adamw"], default="muon", help="Muon with AdamW, or AdamW alone")
+    add(
         "--muon_learning_rate",
         type=float,
         default=0.02,
         help="learning rate of Muon, for the matrices of the transformer blocks",
     )
-    group.add_argument("--learning_rate", type=float, default=0.003, help="learning rate of AdamW")
-    group.add_argument(
+    add("--learning_rate", type=float, default=0.003, help="learning rate of AdamW")
+    add(
         "--lr_scheduler",
         choices=["constant", "linear", "cosine", "trapezoid"],
         default="cosine",
         help="decay of the learning rates; all but `constant` reach zero after the last step",
     )
-    group.add_argument("--lr_warmup_steps", type=int, default=50, help="number of optimizer steps of warm-up")
-    group.add_argument("--weight_decay", type=float, default=0.0, help="decoupled weight decay")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="first beta of AdamW")
-    group.add_argument("--adam_beta2", type=float, default=0.99, help="second beta of AdamW")
-    group.add_argument("--adam_epsilon", type=float, default=1e-08, help="epsilon of AdamW")
-    group.add_argument(
+    add("--lr_warmup_steps", type=whole_number(0), default=50, help="number of optimizer steps of warm-up")
+    add("--weight_decay", type=float, default=0.0, help="decoupled weight decay")
+    add("--adam_beta1", type=float, default=0.9, help="first beta of AdamW")
+    add("--adam_beta2", type=float, default=0.99, help="second beta of AdamW")
+    add("--adam_epsilon", type=float, default=1e-08, help="epsilon of AdamW")
+    add(
         "--max_grad_norm",
-        type=float,
+        type=positive_number,
         default=1.0,
         help="largest norm of the gradients, which are clipped to it",
     )
-    group.add_argument("--use_ema", action=flag, default=True, help="average the weights (EMA)")
-    group.add_argument("--ema_max_decay", type=float, default=0.9999, help="upper bound of the EMA decay")
-    group.add_argument(
+    add("--use_ema", action=flag, default=True, help="average the weights (EMA)")
+    add("--ema_max_decay", type=float, default=0.9999, help="upper bound of the EMA decay")
+    add(
         "--ema_inv_gamma",
-        type=float,
+        type=positive_number,
         default=1.0,
         help="γ of the EMA warm-up, in which the decay is 1 - (1 + step/γ)^-power",
     )
-    group.add_argument("--ema_power", type=float, default=0.75, help="power of the EMA warm-up")
+    add("--ema_power", type=float, default=0.75, help="power of the EMA warm-up")
 
-    group = parser.add_argument_group("hardware")
-    group.add_argument(
+    add = parser.add_argument_group("hardware").add_argument
+    add(
         "--mixed_precision",
         choices=["auto", "no", "bf16", "fp16"],
         default="auto",
-        help=("precision; `auto` is the choice of Accelerate, or else bf16 where it is clearly faster"),
+        help="precision; `auto` is the choice of Accelerate, or else bf16 where it is clearly faster",
     )
-    group.add_argument(
-        "--allow_tf32",
-        action=flag,
-        default=False,
-        help="allow faster float32 matrix products on Ampere and later GPUs",
-    )
-    group.add_argument("--torch_compile", action=flag, default=False, help="compile the denoiser")
-    group.add_argument("--seed", type=int, default=0, help="random seed")
+    add("--allow_tf32", action=flag, default=False, help="faster float32 products on Ampere and later GPUs")
+    add("--torch_compile", action=flag, default=False, help="compile the denoiser")
+    add("--seed", type=int, default=0, help="random seed")
 
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output_dir", default="pet-model", help="folder of the pipeline, checkpoints and pictures"
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="pet-model", help="folder of the pipeline, checkpoints and pictures")
+    add("--logging_steps", type=positive_integer, default=50, help="optimizer steps between logged losses")
+    add("--validation_steps", type=positive_integer, default=1000, help="optimizer steps between validations")
+    add(
+        "--preview_steps", type=positive_integer, default=1000, help="optimizer steps between sample pictures"
     )
-    group.add_argument(
-        "--logging_steps", type=int, default=50, help="number of optimizer steps between logged losses"
+    add("--preview_images", type=positive_integer, default=8, help="images per class in sample pictures")
+    add(
+        "--checkpointing_steps",
+        type=positive_integer,
+        default=500,
+        help="optimizer steps between checkpoints",
     )
-    group.add_argument(
-        "--validation_steps", type=int, default=1000, help="number of optimizer steps between validations"
+    add(
+        "--checkpoints_total_limit",
+        type=positive_integer,
+        default=2,
+        help="number of checkpoints that are kept",
     )
-    group.add_argument(
-        "--preview_steps", type=int, default=1000, help="number of optimizer steps between sample pictures"
-    )
-    group.add_argument(
-        "--preview_images", type=int, default=8, help="number of images per class in sample pictures"
-    )
-    group.add_argument(
-        "--checkpointing_steps", type=int, default=500, help="number of optimizer steps between checkpoints"
-    )
-    group.add_argument(
-        "--checkpoints_total_limit", type=int, default=2, help="largest number of checkpoints that are kept"
-    )
-    group.add_argument(
-        "--resume_from_checkpoint", help="checkpoint to continue from: `latest`, a name or a path"
-    )
-    group.add_argument(
-        "--report_to", help="tracker: tensorboard, wandb or trackio (trackio without pictures)"
-    )
-    group.add_argument("--logging_dir", default="logs", help="folder of the tracker inside the output folder")
-    group.add_argument(
-        "--tracker_project_name", default="train_pet", help="name of the project in the tracker"
-    )
+    add("--resume_from_checkpoint", help="checkpoint to continue from: `latest`, a name or a path")
+    add("--report_to", help="tracker: tensorboard, wandb or trackio (trackio without pictures)")
+    add("--logging_dir", default="logs", help="folder of the tracker inside the output folder")
+    add("--tracker_project_name", default="train_pet", help="name of the project in the tracker")
 
-    group = parser.add_argument_group("hub")
-    group.add_argument(
-        "--push_to_hub", action=flag, default=False, help="publish the pipeline on the Hugging Face Hub"
-    )
-    group.add_argument(
-        "--hub_model_id", help="repository, USER/NAME or NAME; the name of the output folder if not given"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("hub").add_argument
+    add("--push_to_hub", action=flag, default=False, help="publish the pipeline on the Hugging Face Hub")
+    add("--hub_model_id", help="repository, USER/NAME or NAME; the name of the output folder if not given")
+    add(
         "--hub_private_repo",
         action=flag,
         help="make the repository private; if not given, the owner's settings decide",
     )
-    group.add_argument(
+    add(
         "--hub_token",
-        help=(
-            "access token; HF_TOKEN or `hf auth login` are safer, since other users see "
-            "command lines and `accelerate launch` prints them when a run fails"
-        ),
+        help="access token; HF_TOKEN or `hf auth login` are safer, since other users see command lines and "
+        "`accelerate launch` prints them when a run fails",
     )
-    group.add_argument(
+    add(
         "--hub_strategy",
         choices=["end", "checkpoint"],
         default="end",
