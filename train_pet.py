@@ -150,16 +150,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     loss_function = BalancedAdaptiveLoss(
         args.loss, sigma_data=scheduler.config.sigma_data, learned_weighting=args.learned_weighting
     )
-    optimizer = create_optimizer(
-        transformer,
-        loss_function,
-        args.optimizer,
-        args.muon_learning_rate,
-        args.learning_rate,
-        args.weight_decay,
-        (args.adam_beta1, args.adam_beta2),
-        args.adam_epsilon,
-    )
+    optimizer = create_optimizer(args, transformer, loss_function)
     ema = EMAModel(
         transformer.parameters(),
         decay=args.ema_max_decay if args.use_ema else 0.0,

@@ -297,6 +297,7 @@ def test_automatic_precision_is_what_accelerate_was_told(monkeypatch):
     [
         (["--max_train_steps", "0"], "--max_train_steps: must be at least 1"),
         (["--train_batch_size", "-1", "--max_train_steps", "1"], "--train_batch_size: must be at least 1"),
+        (["--optimizer", "sgd", "--max_train_steps", "1"], "--optimizer: invalid choice: 'sgd'"),
         (["--ema_inv_gamma", "0", "--max_train_steps", "1"], "--ema_inv_gamma: must be positive"),
         (["--lr_warmup_steps", "-1", "--max_train_steps", "1"], "--lr_warmup_steps: must be at least 0"),
         (["--label_dropout", "2", "--max_train_steps", "1"], "--label_dropout: must be in [0, 1]"),

@@ -4,6 +4,7 @@ Muon (Jordan et al. 2024) orthogonalises the momentum of matrices; it takes matr
 everything else beside it.
 """
 
+import argparse
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -69,15 +70,9 @@ def orthogonalize(
 ) -> torch.Tensor:
     """Moves the singular values of matrices near 1 by Newton-Schulz iterations (Jordan et al. 2024).
 
-    Args:
-        matrices (`torch.Tensor` of shape `(N, rows, columns)`): the matrices to orthogonalise.
-        coefficients (`tuple`): the coefficients of the odd polynomial of degree 5 that is applied to the
-            singular values.
-        num_steps (`int`): the number of iterations.
-        eps (`float`): the smallest norm that a matrix is divided by.
-
-    Returns:
-        `torch.Tensor` of the same shape, in bfloat16 on GPUs and in float32 elsewhere.
+    `matrices` has the shape `(N, rows, columns)`. Each iteration applies an odd polynomial of degree 5 with
+    the given coefficients to the singular values. A norm below `eps` counts as `eps`. The result is in
+    bfloat16 on GPUs and in float32 elsewhere.
     """
     a, b, c = coefficients
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
@@ -93,14 +88,8 @@ def orthogonalize(
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the matrices of the transformer blocks and AdamW for the rest, as one optimizer.
 
-    Both are one optimizer, because the loss scaling of fp16 and some engines expect a single one.
-
-    Args:
-        muon_parameters (`list` of 2D `nn.Parameter`): the matrices that [`BatchedMuon`] steps.
-        adamw_parameters (`list` of `nn.Parameter`): the parameters that `torch.optim.AdamW` steps.
-        muon_lr (`float`, defaults to 0.02), adamw_lr (`float`, defaults to 3e-3): learning rates.
-        weight_decay (`float`, defaults to 0.0): decoupled weight decay of both.
-        betas (`tuple`, defaults to `(0.9, 0.99)`), eps (`float`, defaults to 1e-8): of AdamW.
+    Both are one optimizer, because the loss scaling of fp16 and some engines expect a single one. The weight
+    decay is decoupled and of both; `betas` and `eps` are of AdamW.
     """
 
     def __init__(
@@ -143,51 +132,33 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def create_optimizer(
-    model: nn.Module,
-    loss: nn.Module,
-    name: str = "muon",
-    muon_learning_rate: float = 0.02,
-    learning_rate: float = 3e-3,
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.99),
-    eps: float = 1e-8,
-) -> torch.optim.Optimizer:
-    """Builds the optimizer over the parameters of the denoiser and of the loss.
+    args: argparse.Namespace, model: nn.Module, loss: nn.Module
+) -> MuonAdamW | torch.optim.AdamW:
+    """Creates the optimizer that the options of `train_pet.py` describe.
 
-    Args:
-        model (`nn.Module`): the denoiser; the matrices in its `transformer_blocks` are Muon's.
-        loss (`nn.Module`): the loss, whose learned weighting is trained beside it.
-        name (`str`, defaults to `"muon"`): `"muon"` for [`MuonAdamW`], `"adamw"` for AdamW alone.
-        muon_learning_rate (`float`, defaults to 0.02), learning_rate (`float`, defaults to 3e-3): for Muon
-            and AdamW.
-        weight_decay (`float`, defaults to 0.0), betas (`tuple`), eps (`float`): see [`MuonAdamW`].
-
-    Raises:
-        ValueError: if there is no such optimizer.
+    Muon steps the matrices in the `transformer_blocks` of the denoiser. AdamW steps its other parameters and
+    the learned weighting of the loss.
     """
     parameters = [p for module in (model, loss) for p in module.parameters() if p.requires_grad]
-    if name == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=learning_rate, weight_decay=weight_decay, betas=betas, eps=eps
-        )
-    if name != "muon":
-        raise ValueError(f"There is no optimizer {name!r}; choose one of muon, adamw.")
+    adamw_options = {
+        "weight_decay": args.weight_decay,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=args.learning_rate, **adamw_options)
     blocks = model.get_submodule("transformer_blocks")
     matrices = [p for p in blocks.parameters() if p.requires_grad and p.ndim == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in parameters if id(p) not in chosen]
-    return MuonAdamW(matrices, rest, muon_learning_rate, learning_rate, weight_decay, betas, eps)
+    return MuonAdamW(matrices, rest, args.muon_learning_rate, args.learning_rate, **adamw_options)
 
 
 def learning_rate_factor(name: str, progress: float, step: int, warmup_steps: int) -> float:
     """Returns the factor on every learning rate: a linear warm-up by step, then a decay by progress.
 
-    Args:
-        name (`str`): `"constant"`; `"linear"` and `"cosine"` decay from the start; `"trapezoid"` is constant
-            until 60 % and linear from there. All but `"constant"` are exactly 0 at progress 1.
-        progress (`float`): how much of the training is done, by steps or by the clock, in [0, 1].
-        step (`int`): optimizer steps done.
-        warmup_steps (`int`): steps of warm-up.
+    `progress` is the fraction of the training that is done, by steps or by the clock. `"trapezoid"` is
+    constant until 60 %. All schedules but `"constant"` are exactly 0 at progress 1.
     """
     warmup = min(1.0, (step + 1) / (warmup_steps + 1))
     remaining = 1 - min(max(progress, 0.0), 1.0)
