@@ -79,17 +79,8 @@ def save_checkpoint(
     """Saves the training state and removes the oldest checkpoints; every process must call it.
 
     The checkpoint is written under another name, flushed to the disk with a manifest of hashes, and renamed.
-    So a folder with the name of a checkpoint is complete, whatever ends the process.
-
-    Args:
-        accelerator (`Accelerator`): with the prepared and registered objects of the training.
-        output_dir (`str` or `Path`): the run's folder.
-        step (`int`): optimizer steps done.
-        description (`dict`): the description of the training, see [`describe_training`].
-        total_limit (`int`, *optional*): how many checkpoints to keep.
-
-    Raises:
-        OSError: if the checkpoint cannot be written; earlier checkpoints stay as they were.
+    So a folder with the name of a checkpoint is complete, whatever ends the process. If the checkpoint cannot
+    be written, `OSError` is raised, and earlier checkpoints stay as they were.
     """
     path = checkpoint_path(output_dir, step)
     partial = path.with_name(f"{PARTIAL}{path.name}")
@@ -160,15 +151,10 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path:
-    """Returns the checkpoint that `--resume_from_checkpoint` means.
+    """Returns the checkpoint that `--resume_from_checkpoint` means: a name in `output_dir`, or a path.
 
-    Args:
-        output_dir (`str` or `Path`): the run's folder.
-        resume_from_checkpoint (`str`): `"latest"` for the newest intact checkpoint, with a warning for each
-            damaged one; the name of a folder in `output_dir`; or a path.
-
-    Raises:
-        ValueError: if there is no such checkpoint, or it is damaged.
+    `"latest"` means the newest intact checkpoint, with a warning for each damaged one. `ValueError` is raised
+    if there is no such checkpoint, or if the one that is named is damaged.
     """
     if resume_from_checkpoint == "latest":
         checkpoints = list_checkpoints(output_dir)
@@ -194,77 +180,11 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path
     )
 
 
-def describe_training(
-    args: argparse.Namespace, transformer: ModelMixin, split: dict[str, Any]
-) -> dict[str, Any]:
-    """Describes what a resumed training must have in common with its checkpoint.
-
-    Args:
-        args (`argparse.Namespace`): the options of `train_pet.py`.
-        transformer (`ModelMixin`): the denoiser.
-        split (`dict`): the split of the data set, see [`describe_split`].
-
-    Returns:
-        `dict`: JSON of the split, of the options that decide what a checkpoint holds, and of the denoiser's
-        configuration without its dropout, which a resumed training may change.
-    """
-    config = json.loads(transformer.to_json_string())
-    config.pop("dropout", None)  # not every model has this argument
-    return {
-        "split": split,
-        "options": {"optimizer": args.optimizer, "learned_weighting": args.learned_weighting},
-        "model": {name: value for name, value in config.items() if not name.startswith("_")},
-    }
-
-
-def read_description(checkpoint: Path) -> dict[str, Any]:
-    """Returns the description of the training that wrote a checkpoint, see [`describe_training`].
-
-    Raises:
-        ValueError: if an earlier version of this package wrote the checkpoint, in another format.
-    """
-    try:
-        return json.loads((checkpoint / DESCRIPTION).read_text())
-    except FileNotFoundError:
-        raise ValueError(
-            f"The checkpoint {str(checkpoint)!r} is of an earlier version of pet_pipeline and cannot be "
-            "continued. A new run can start from the weights of a pipeline folder, such as that run's "
-            "`best`, with --pretrained_model_name_or_path."
-        ) from None
-
-
-def check_description(earlier: dict[str, Any], description: dict[str, Any]) -> None:
-    """Checks that a training can continue a checkpoint; [`split_dataset`] has checked the split.
-
-    Args:
-        earlier (`dict`): the description in the checkpoint, or an empty one for a new training.
-        description (`dict`): the description of the training, see [`describe_training`].
-
-    Raises:
-        ValueError: if an option or the configuration of the denoiser differs.
-    """
-    for part in ("options", "model"):
-        for name, value in description[part].items():
-            before = earlier.get(part, {}).get(name, value)
-            if before != value:
-                raise ValueError(
-                    f"The checkpoint was trained with `{name}` {reprlib.repr(before)}, and so it cannot be "
-                    f"continued with {reprlib.repr(value)}."
-                )
-
-
 def choose_checkpoint(args: argparse.Namespace, num_processes: int) -> tuple[Path | None, list[Path]]:
-    """Returns the checkpoint that a training continues, and the damaged later ones.
+    """Returns the checkpoint that a training continues, or `None`, and the damaged later checkpoints.
 
-    Args:
-        args (`argparse.Namespace`): the options of `train_pet.py`.
-        num_processes (`int`): number of processes; another number than that of the checkpoint is warned of.
-
-    Returns:
-        `tuple[Path | None, list[Path]]`: `None` for a new training.
-
-    Raises:
-        ValueError: if the checkpoint cannot be continued, or the output folder holds another training.
+    `ValueError` is raised if the checkpoint cannot be continued, or if the output folder holds another
+    training.
     """
     checkpoints = list_checkpoints(args.output_dir)
     if args.resume_from_checkpoint is None:
@@ -291,6 +211,50 @@ def choose_checkpoint(args: argparse.Namespace, num_processes: int) -> tuple[Pat
     return checkpoint, later
 
 
+def describe_training(
+    args: argparse.Namespace, transformer: ModelMixin, split: dict[str, Any]
+) -> dict[str, Any]:
+    """Describes in JSON what a resumed training must have in common with its checkpoint.
+
+    This is the split (see [`describe_split`]), the options that decide what a checkpoint holds, and the
+    configuration of the denoiser without its dropout, which a resumed training may change.
+    """
+    config = json.loads(transformer.to_json_string())
+    config.pop("dropout", None)  # not every model has this argument
+    return {
+        "split": split,
+        "options": {"optimizer": args.optimizer, "learned_weighting": args.learned_weighting},
+        "model": {name: value for name, value in config.items() if not name.startswith("_")},
+    }
+
+
+def read_description(checkpoint: Path) -> dict[str, Any]:
+    """Returns the description of the training that wrote a checkpoint, see [`describe_training`]."""
+    try:
+        return json.loads((checkpoint / DESCRIPTION).read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"The checkpoint {str(checkpoint)!r} is of an earlier version of pet_pipeline and cannot be "
+            "continued. A new run can start from the weights of a pipeline folder, such as that run's "
+            "`best`, with --pretrained_model_name_or_path."
+        ) from None
+
+
+def check_description(earlier: dict[str, Any], description: dict[str, Any]) -> None:
+    """Raises `ValueError` if a training cannot continue a checkpoint; [`split_dataset`] checks the split.
+
+    `earlier` is the description in the checkpoint, or an empty one for a new training.
+    """
+    for part in ("options", "model"):
+        for name, value in description[part].items():
+            before = earlier.get(part, {}).get(name, value)
+            if before != value:
+                raise ValueError(
+                    f"The checkpoint was trained with `{name}` {reprlib.repr(before)}, and so it cannot be "
+                    f"continued with {reprlib.repr(value)}."
+                )
+
+
 def load_checkpoint(
     accelerator: Accelerator,
     checkpoint: Path,
@@ -298,14 +262,7 @@ def load_checkpoint(
     ema: EMAModel,
     state: TrainingState,
 ) -> None:
-    """Loads a training from a checkpoint; the options of the command line win over those in the checkpoint.
-
-    Args:
-        accelerator (`Accelerator`): with the prepared and registered objects of the training.
-        checkpoint (`Path`): the folder of the checkpoint.
-        optimizer (`torch.optim.Optimizer`), ema (`EMAModel`), state ([`TrainingState`]): objects of the
-            training.
-    """
+    """Loads a training from a checkpoint; the options of the command line win over those in it."""
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     ema_options = {name: getattr(ema, name) for name in ("decay", "inv_gamma", "power")}
     accelerator.load_state(str(checkpoint))
@@ -332,17 +289,10 @@ def how_to_resume(output_dir: str | Path) -> str:
 
 
 def claim_folder(folder: Path, damaged: Sequence[Path] = ()) -> IO[str]:
-    """Makes the output folder of a training, and keeps other trainings out of it.
+    """Makes the output folder of a training, and raises `ValueError` if another training is running in it.
 
-    Args:
-        folder (`Path`): the output folder.
-        damaged (`Sequence[Path]`): damaged checkpoints, which are renamed so that they are not found again.
-
-    Returns:
-        `IO[str]`: the file whose lock ends when the file is closed or the process ends.
-
-    Raises:
-        ValueError: if another training is running in the folder.
+    The lock ends when the returned file is closed or the process ends. Damaged checkpoints are renamed, so
+    that they are not found again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / LOCK).open("w")
@@ -388,8 +338,7 @@ def trim_log(path: Path, step: int) -> None:
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Saves a pipeline over an earlier one of the same configuration; the folder is complete at any moment.
 
-    Raises:
-        OSError: if the pipeline cannot be written; an earlier pipeline stays as it was.
+    If the pipeline cannot be written, `OSError` is raised, and an earlier pipeline stays as it was.
     """
     partial = folder / f"{PARTIAL}pipeline"
     shutil.rmtree(partial, ignore_errors=True)
@@ -413,13 +362,10 @@ class Interruption:
     """Records SIGTERM and Ctrl-C, so that a training can finish its step and save before it ends.
 
     Further signals are ignored, since launchers pass on signals that the terminal has already sent.
-
-    Attributes:
-        signal (`signal.Signals`, *optional*): the first signal that was received.
     """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.signal: signal.Signals | None = None  # the first signal that was received
 
     def __enter__(self) -> Self:
         self._previous = {

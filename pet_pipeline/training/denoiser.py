@@ -17,17 +17,10 @@ def create_denoiser(
     train_set: ImageDataset,
     earlier_config: dict[str, Any] | None = None,
 ) -> tuple[PetTransformer2DModel, AdaptiveEDMScheduler]:
-    """Creates the denoiser of a training, and the scheduler of its noise levels.
+    """Creates the denoiser of a training, or adapts that of a saved pipeline, and creates its scheduler.
 
-    Args:
-        args (`argparse.Namespace`): the options of `train_pet.py`.
-        pretrained ([`PetDiffusionPipeline`], *optional*): the saved pipeline to start from.
-        train_set ([`ImageDataset`]): the images to train on.
-        earlier_config (`dict`, *optional*): the configuration of the denoiser in the checkpoint to continue.
-            A new denoiser keeps the spectrum that was measured then, even if the data set has changed.
-
-    Raises:
-        ValueError: if the saved model does not fit the images, as in [`adapt_model`].
+    `earlier_config` is the configuration of the denoiser in the checkpoint to continue: a new denoiser keeps
+    the spectrum that was measured then, even if the data set has changed.
     """
     resolution = train_set.images.shape[-1]
     draw = {"adaptive": args.noise_schedule == "adaptive", "p_mean": args.p_mean, "p_std": args.p_std}
@@ -52,15 +45,8 @@ def create_denoiser(
 def frequency_variances(images: torch.Tensor, patch_size: int) -> list[float]:
     """Measures the configuration entry `frequency_variances` of [`PetTransformer2DModel`] on training images.
 
-    Args:
-        images (`torch.Tensor` of shape `(N, channels, height, width)`): uint8, or floats in [-1, 1].
-        patch_size (`int`): of the model.
-
-    Returns:
-        `list[float]`: mean squares of the patches' cosine coefficients, to four digits.
-
-    Raises:
-        ValueError: if the images are no whole number of patches.
+    The images are uint8, or floats in [-1, 1]. The result is the mean squares of the cosine coefficients of
+    their patches, to four digits.
     """
     height, width = images.shape[2:]
     if not isinstance(patch_size, int) or patch_size < 1 or height % patch_size or width % patch_size:
@@ -84,19 +70,8 @@ def adapt_model(
 
     Classes that the pipeline knows by name keep their embedding, as does the null class. New classes start as
     in a new model. If the pipeline knows no names, the number of classes must stay the same, and so does
-    their order. Positions span the same range on images of any size.
-
-    Args:
-        pipeline ([`PetDiffusionPipeline`]): the saved pipeline.
-        class_names (`list[str]`): the names of the classes, in the order of their labels.
-        resolution (`int`): the height and width of the images.
-
-    Returns:
-        [`PetTransformer2DModel`]: the pipeline's own model if nothing has to change.
-
-    Raises:
-        ValueError: if the pipeline knows no names and has another number of classes, or is not for RGB
-            images.
+    their order. Positions span the same range on images of any size. If nothing has to change, the result is
+    the model of the pipeline itself.
     """
     transformer = pipeline.transformer
     config = transformer.config

@@ -17,11 +17,7 @@ from .losses import BalancedAdaptiveLossOutput
 class TrainingLog:
     """Writes the numbers and pictures of a training to its folder and to the tracker.
 
-    Args:
-        accelerator (`Accelerator`): the processes of the training, and the tracker.
-        args (`argparse.Namespace`): the options of `train_pet.py`.
-        state ([`TrainingState`]): the progress of the training. What a resumed training will write again is
-            removed from `metrics.jsonl`.
+    At the beginning, what a resumed training will write again is removed from `metrics.jsonl`.
     """
 
     def __init__(self, accelerator: Accelerator, args: argparse.Namespace, state: TrainingState) -> None:
@@ -44,11 +40,8 @@ class TrainingLog:
     def write(self, values: dict[str, float]) -> None:
         """Writes numbers to `metrics.jsonl` and to the tracker."""
         if self.accelerator.is_main_process:
-            progress = {
-                "step": self.state.step,
-                "images": self.state.images,
-                "seconds": round(self.state.seconds, 1),
-            }
+            state = self.state
+            progress = {"step": state.step, "images": state.images, "seconds": round(state.seconds, 1)}
             with self.metrics_path.open("a") as file:
                 file.write(json.dumps({**progress, **values}) + "\n")
         self.accelerator.log(values, step=self.state.step)
@@ -76,13 +69,9 @@ class TrainingLog:
         self._began, self._images_at_begin = time.monotonic(), self.state.images
 
     def write_means(self, learning_rate: float) -> dict[str, float]:
-        """Writes the means since the last call, and begins them anew; every process must call this method.
+        """Writes and returns the means since the last call, and begins them anew.
 
-        Args:
-            learning_rate (`float`): the learning rate of the next step.
-
-        Returns:
-            `dict[str, float]`: the means.
+        Every process must call this method. `learning_rate` is that of the next step.
         """
         means = {
             name: self.accelerator.reduce(value / self._num_summed, "mean").item()
@@ -99,11 +88,8 @@ class TrainingLog:
     def write_skipped_step(self, sigmas: torch.Tensor, sample_losses: torch.Tensor) -> None:
         """Reports a step without finite gradients, with the noise levels at which its losses are not finite.
 
-        The running means begin anew, so that they are of finite losses.
-
-        Args:
-            sigmas (`torch.Tensor` of shape `(images,)`): the noise levels of the step.
-            sample_losses (`torch.Tensor` of the same shape): the losses of the step.
+        Both tensors have one entry for each image. The running means begin anew, so that they are of finite
+        losses.
         """
         is_bad = ~sample_losses.isfinite()
         if is_bad.any():

@@ -143,10 +143,6 @@ class DenoiserWithLoss(nn.Module):
 
     Accelerate prepares this module. Fully sharded training takes one module only, and distributed training
     takes no module without parameters, such as a loss without learned weighting.
-
-    Args:
-        transformer (`nn.Module`): the denoiser.
-        loss_function ([`BalancedAdaptiveLoss`]): the loss.
     """
 
     def __init__(self, transformer: nn.Module, loss_function: BalancedAdaptiveLoss) -> None:
@@ -163,16 +159,9 @@ class DenoiserWithLoss(nn.Module):
         sigmas: torch.Tensor,
         weights: torch.Tensor | None = None,
     ) -> BalancedAdaptiveLossOutput:
-        """Computes the objective of a batch.
+        """Computes the losses of a batch from `model_input` c_in·x and `timesteps` c_noise.
 
-        Args:
-            model_input (`torch.Tensor` of shape `(batch, channels, height, width)`): c_in·x.
-            timesteps (`torch.Tensor` of shape `(batch,)`): c_noise.
-            class_labels (`torch.Tensor` of shape `(batch,)`): class indices.
-            target, sigmas, weights: see [`BalancedAdaptiveLoss.forward`].
-
-        Returns:
-            [`BalancedAdaptiveLossOutput`]
+        The other arguments are those of [`BalancedAdaptiveLoss.forward`].
         """
         model_output = self.transformer(model_input, timesteps, class_labels, return_dict=False)[0]
         return self.loss_function(model_output.float(), target, sigmas, weights=weights)
@@ -202,15 +191,7 @@ def cosine_similarity(a: torch.Tensor, b: torch.Tensor, floor: float = 0.1) -> t
 
 
 def image_derivatives(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Filters each channel with the 4-neighbour Laplacian and both Sobel kernels, edges reflected.
-
-    Args:
-        images (`torch.Tensor` of shape `(batch, channels, height, width)`).
-
-    Returns:
-        `tuple` of three `torch.Tensor` of the same shape: Laplacian, horizontal and vertical Sobel
-        derivative.
-    """
+    """Returns the 4-neighbour Laplacian and the two Sobel derivatives of each channel, edges reflected."""
     kernels = images.new_tensor(
         [
             [[0, 1, 0], [1, -4, 1], [0, 1, 0]],
