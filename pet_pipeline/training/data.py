@@ -21,15 +21,10 @@ class ImageDataset(torch.utils.data.Dataset):
 
     A `DataLoader` of this data set needs `collate_fn=ImageDataset.collate`. A batch is then one indexing
     operation, which is far faster than any training.
-
-    Args:
-        images (`torch.Tensor` of shape `(N, 3, resolution, resolution)`, uint8): the pixels.
-        labels (`torch.Tensor` of shape `(N,)`, int64): index of each image's class in `class_names`.
-        class_names (`list[str]`): names of the classes.
     """
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    images: torch.Tensor  # (N, 3, resolution, resolution), uint8
+    labels: torch.Tensor  # (N,), int64; indices in `class_names`
     class_names: list[str]
 
     def __len__(self) -> int:
@@ -72,19 +67,14 @@ def load_image_dataset(
     Args:
         dataset_name (`str`): Hub id, or a local folder that `datasets.load_dataset` reads (Parquet files or
             an image folder with one subfolder per class).
-        classes (`list[str]`, *optional*): names of the wanted classes; all of them when `None`. Their order
-            gives the label ids.
+        classes (`list[str]`, *optional*): the wanted classes in the order of their label ids; the default is
+            all of them.
         resolution (`int`, defaults to 32): images are converted to RGB, resized and cropped at the centre to
             this size.
-        split (`str`, defaults to `"train"`): the split to read.
-        dataset_config_name (`str`, *optional*): configuration of the data set.
+        split, dataset_config_name, cache_dir: see `datasets.load_dataset`.
         image_column (`str`, *optional*), label_column (`str`, *optional*): found by their feature types when
             `None`.
-        cache_dir (`str`, *optional*): where `datasets` keeps its cache.
         max_samples (`int`, *optional*): keep this many images, as many of each class, at least one.
-
-    Returns:
-        [`ImageDataset`]
 
     Raises:
         ValueError: if the data set cannot be loaded, a column or class is missing, a class has no image, or
@@ -137,34 +127,24 @@ def load_image_dataset(
 
 
 def find_column(dataset: datasets.Dataset, column: str | None, feature_type: type, argument: str) -> str:
-    """Returns the name of the data set's column of a feature type, or checks the given one.
+    """Returns the given column of a data set, or its only column of a feature type.
 
-    Raises:
-        ValueError: if there is none, or several and none is named.
+    `ValueError` is raised if the given column is not of that type, or if there is not exactly one.
     """
     found = [name for name, feature in dataset.features.items() if isinstance(feature, feature_type)]
-    if column is not None:
-        if column not in dataset.features:
-            raise ValueError(
-                f"The data set has no column {column!r} (`{argument}`); its columns are "
-                f"{', '.join(dataset.column_names)}."
-            )
-        if column not in found:
-            raise ValueError(
-                f"The column {column!r} (`{argument}`) must be of the type {feature_type.__name__}, but is "
-                f"{dataset.features[column]}."
-            )
+    if column is None and len(found) == 1:
+        return found[0]
+    if column is not None and column in found:
         return column
-    if not found:
-        raise ValueError(
-            f"The data set has no column of the type {feature_type.__name__}; its columns are "
-            f"{', '.join(dataset.column_names)}."
-        )
-    if len(found) > 1:
-        raise ValueError(
-            f"The data set has several columns {', '.join(found)}; choose one with `{argument}`."
-        )
-    return found[0]
+    kind = feature_type.__name__
+    if column is not None:
+        problem = f"`{argument}` must be a column of the type {kind}, but is {column!r}"
+    elif found:
+        problem = f"`{argument}` is needed, because the data set has several columns of the type {kind}"
+    else:
+        problem = f"The data set has no column of the type {kind}"
+    columns = [f"{name} ({type(feature).__name__})" for name, feature in dataset.features.items()]
+    raise ValueError(f"{problem}; the columns are {', '.join(columns)}.")
 
 
 def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
@@ -180,19 +160,8 @@ def stratified_split(
     """Splits a data set into training and validation parts with the same share of each class.
 
     The images that are held out of a class do not depend on the other classes, so that a model trained on
-    more classes has not seen them either.
-
-    Args:
-        dataset ([`ImageDataset`]): the data set to split.
-        validation_fraction (`float`, defaults to 0.1): the fraction of each class that is held out, in (0,
-            1); at least one image.
-        seed (`int`, defaults to 0): the random seed of the split.
-
-    Returns:
-        `tuple` of two [`ImageDataset`]: the training part and the validation part.
-
-    Raises:
-        ValueError: if a class has fewer than two images, or the fraction is not in (0, 1).
+    more classes has not seen them either. Of each class, `validation_fraction` of the images is held
+    out, but at least one. `ValueError` is raised if a class has fewer than two images.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"`validation_fraction` must be between 0 and 1, but is {validation_fraction}.")
@@ -223,8 +192,8 @@ def image_digests(images: torch.Tensor) -> list[str]:
 def describe_split(train_set: ImageDataset, held_out_set: ImageDataset) -> dict[str, Any]:
     """Describes a split of a data set, so that a checkpoint can tell whether a later split is the same.
 
-    Returns:
-        `dict`: JSON of the class names, a hash of all images and labels, and a hash of each image held out.
+    The description is JSON of the class names, a hash of all images and labels, and a hash of each image that
+    is held out.
     """
     content = hashlib.sha256()
     for part in (train_set, held_out_set):
@@ -240,19 +209,10 @@ def describe_split(train_set: ImageDataset, held_out_set: ImageDataset) -> dict[
 def split_dataset(
     dataset: ImageDataset, validation_fraction: float, earlier: dict[str, Any] | None = None
 ) -> tuple[ImageDataset, ImageDataset]:
-    """Splits a data set for a training, which may continue an earlier one.
+    """Splits a data set by [`stratified_split`] for a training, which may continue an earlier one.
 
-    Args:
-        dataset ([`ImageDataset`]): what to split.
-        validation_fraction (`float`): the fraction of each class that [`stratified_split`] holds out.
-        earlier (`dict`, *optional*): what [`describe_split`] returned for the training to continue. If the
-            data set has changed since, this function warns and holds out the same images again.
-
-    Returns:
-        `tuple` of two [`ImageDataset`]: the training set and the images held out.
-
-    Raises:
-        ValueError: if the earlier training had other classes, or as [`stratified_split`] does.
+    `earlier` is what [`describe_split`] returned for the training to continue. If the data set has changed
+    since, this function warns and holds out the same images again, as far as it still has them.
     """
     split = stratified_split(dataset, validation_fraction)
     if earlier is None or describe_split(*split) == earlier:
