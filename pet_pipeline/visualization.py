@@ -23,14 +23,7 @@ def image_grid(
     column_labels: list[str] | None = None,
     scale: int = 2,
 ) -> Image.Image:
-    """Lays images out in labelled rows, enlarged without blur.
-
-    Args:
-        rows (`list[list[Image.Image]]`): images of one size.
-        row_labels (`list[str]`, *optional*): written to the left of each row.
-        column_labels (`list[str]`, *optional*): written above each column.
-        scale (`int`, defaults to 2): factor by which the images are enlarged.
-    """
+    """Lays images of one size out in labelled rows, enlarged without blur."""
     font = ImageFont.load_default(12)
     width, height = (side * scale for side in rows[0][0].size)
     left = MARGIN + max((int(font.getlength(label)) + MARGIN for label in row_labels or []), default=0)
@@ -66,12 +59,8 @@ def sample_grid(
 ) -> Image.Image:
     """Draws `num_images` of every class, one labelled row for each class.
 
-    Args:
-        pipeline ([`PetDiffusionPipeline`]): the pipeline that draws.
-        num_images (`int`, defaults to 8): number of images per class.
-        seed (`int`, defaults to 0): seed of the first image of each class; the seeds of the next images count
-            up, so that the images of a column start from the same noise.
-        kwargs: further arguments of the pipeline.
+    `seed` is that of the first image of each class. The seeds of the next images count up, so that the images
+    of a column start from the same noise. The pipeline takes further arguments from `kwargs`.
     """
     names = pipeline.class_names
     return image_grid(_rows(pipeline, list(range(len(names))), num_images, seed, **kwargs), names)
@@ -89,23 +78,14 @@ def _rows(
 class DenoisingRecorder:
     """A callback for `callback_on_step_end` that records every step of a sampling.
 
-    It needs the tensors `latents` and `pred_original_sample`.
-
-    Args:
-        noise (`torch.Tensor` of shape `(N, channels, height, width)`): the noise of unit variance from which
-            the sampling starts.
-
-    Attributes:
-        sigmas (`list[float]`): the noise level of each step.
-        noisy (`list[torch.Tensor]`): the noisy images at the start of each step, and last the samples, all
-            scaled to unit variance.
-        denoised (`list[torch.Tensor]`): the denoised images of each step.
+    The callback needs the tensors `latents` and `pred_original_sample`. `noise` is the noise of unit variance
+    from which the sampling starts, of shape `(N, channels, height, width)`.
     """
 
     def __init__(self, noise: torch.Tensor) -> None:
-        self.sigmas: list[float] = []
-        self.noisy = [noise.cpu()]
-        self.denoised: list[torch.Tensor] = []
+        self.sigmas: list[float] = []  # at the start of each step
+        self.noisy = [noise.cpu()]  # at the start of each step, and last the samples, all of unit variance
+        self.denoised: list[torch.Tensor] = []  # in each step
 
     def __call__(
         self,
@@ -125,13 +105,9 @@ class DenoisingRecorder:
     def strip(
         self, pipeline: PetDiffusionPipeline, rows: Iterable[int], names: list[str], scale: int = 2
     ) -> Image.Image:
-        """Draws some of the recorded images at each step; see [`denoising_strip`].
+        """Draws the recorded images of some `rows` of the batch at each step; see [`denoising_strip`].
 
-        Args:
-            pipeline ([`PetDiffusionPipeline`]): the pipeline that was recorded.
-            rows (`Iterable[int]`): indices of the images in their batch.
-            names (`list[str]`): the class of each of these images.
-            scale (`int`, defaults to 2): factor by which the images are enlarged.
+        `names` has the class of each of these images.
         """
         sigma_data = pipeline.scheduler.config.sigma_data
         pictures = []
@@ -148,13 +124,8 @@ def denoising_strip(
 ) -> Image.Image:
     """Draws one sample of each class step by step: a row of noisy images over a row of denoised images.
 
-    Noisy images are shown at the contrast of the data. Each column is labelled with its noise level σ.
-
-    Args:
-        pipeline ([`PetDiffusionPipeline`]): the pipeline that draws.
-        seed (`int`, defaults to 0): seed of the noise from which all classes start.
-        class_labels (`list[int]`, *optional*): ids of the classes; the default is every class.
-        kwargs: further arguments of the pipeline.
+    Noisy images are shown at the contrast of the data. Each column is labelled with its noise level σ. All
+    classes start from the same noise. `class_labels` are ids of classes; the default is every class.
     """
     names = pipeline.class_names
     class_labels = list(range(len(names))) if class_labels is None else class_labels
@@ -183,13 +154,7 @@ def step_comparison(
 ) -> Image.Image:
     """Draws the same noise with different numbers of steps, one row for each number.
 
-    Args:
-        pipeline ([`PetDiffusionPipeline`]): the pipeline that draws.
-        steps (`tuple[int, ...]`, defaults to `(5, 10, 20, 40)`): numbers of steps.
-        num_images (`int`, defaults to 4): number of images per class.
-        seed (`int`, defaults to 0): seed of the first image of each class.
-        class_labels (`list[int]`, *optional*): ids of the classes; the default is every class.
-        kwargs: further arguments of the pipeline.
+    A row has `num_images` of each class. `class_labels` are ids of classes; the default is every class.
     """
     names = pipeline.class_names
     class_labels = list(range(len(names))) if class_labels is None else class_labels
@@ -202,50 +167,33 @@ def step_comparison(
 
 
 def loss_curves(metrics_path: str | Path) -> Image.Image:
-    """Draws the losses of a training, by images seen and by noise level.
-
-    Args:
-        metrics_path (`str` or `Path`): the file `metrics.jsonl` of the training.
-    """
-    from matplotlib.figure import Figure
-
+    """Draws the losses of a training from its `metrics.jsonl`, by images seen and by noise level."""
     records = [json.loads(line) for line in Path(metrics_path).read_text().splitlines()]
     train = [record for record in records if "train/loss" in record]
     validation = [record for record in records if "validation/loss" in record]
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = _figure(11, 4)
     left, right = figure.subplots(1, 2)
-    terms = [key for key in (train[-1] if train else {}) if key.startswith("train/term_")]
-    for key in terms:
-        values = [record[key] for record in train]
-        left.plot(
-            [record["images"] for record in train],
-            values,
-            linewidth=0.8,
-            label=key.removeprefix("train/term_"),
-        )
-    left.plot(
-        [record["images"] for record in validation],
-        [record["validation/loss"] for record in validation],
-        color="black",
-        marker=".",
-        label="validation (EMA weights)",
-    )
+
+    train_images = [record["images"] for record in train]
+    for key in train[-1] if train else []:
+        if key.startswith("train/term_"):
+            losses = [record[key] for record in train]
+            left.plot(train_images, losses, linewidth=0.8, label=key.removeprefix("train/term_"))
+    validation_images = [record["images"] for record in validation]
+    losses = [record["validation/loss"] for record in validation]
+    left.plot(validation_images, losses, color="black", marker=".", label="validation (EMA weights)")
     left.set(xlabel="images seen", ylabel="loss terms, network output space", yscale="log", title="losses")
     left.legend(fontsize=8)
+
+    prefix = "validation/sigma_"
     for record in validation:
-        bands = {
-            float(key.removeprefix("validation/sigma_")): value
-            for key, value in record.items()
-            if key.startswith("validation/sigma_")
+        losses_by_sigma = {
+            float(key.removeprefix(prefix)): loss for key, loss in record.items() if key.startswith(prefix)
         }
-        last = record is validation[-1]
-        right.plot(
-            list(bands),
-            list(bands.values()),
-            color="black" if last else "0.75",
-            linewidth=1.5 if last else 0.8,
-            label=f"after {record['images']:,} images" if last else None,
-        )
+        style = {"color": "0.75", "linewidth": 0.8}
+        if record is validation[-1]:
+            style = {"color": "black", "linewidth": 1.5, "label": f"after {record['images']:,} images"}
+        right.plot(list(losses_by_sigma), list(losses_by_sigma.values()), **style)
     right.set(xlabel="σ", ylabel="validation loss", xscale="log", title="validation loss by noise level")
     if validation:
         right.legend(fontsize=8)
@@ -258,17 +206,10 @@ def evidence_figure(
     """Draws why images were classified as they were, one row for each image.
 
     A row shows the image, then the pixels that speak for the best class (red) or for the second best (blue),
-    and then how much the error of every other class exceeds that of the best class, by noise level.
-
-    Args:
-        images (`list[Image.Image]`): the images, of any size.
-        evidence (`list[ClassificationEvidence]`): the evidence of each image, as
-            [`PetClassificationPipeline`] returns it.
-        names (`list[str]`): names of the classes, in the order of their ids.
+    and then how much the error of every other class exceeds that of the best class, by noise level. `names`
+    are the names of the classes in the order of their ids.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 2.6 * len(images)), layout="constrained")
+    figure = _figure(10, 2.6 * len(images))
     axes = figure.subplots(len(images), 3, squeeze=False, width_ratios=(1, 1, 2))
     for (left, middle, right), image, item in zip(axes, images, evidence):
         best, second = item.labels
@@ -297,15 +238,8 @@ def evidence_map(evidence: ClassificationEvidence) -> Image.Image:
 
 
 def error_figure(evidence: ClassificationEvidence, names: list[str]) -> Image.Image:
-    """Draws the error of each class by noise level, and by how much it exceeds that of the best class.
-
-    Args:
-        evidence (`ClassificationEvidence`): the evidence of one image.
-        names (`list[str]`): names of the classes, in the order of their ids.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2, 4.6), dpi=150, layout="constrained")
+    """Draws the error of each class by noise level, and by how much it exceeds that of the best class."""
+    figure = _figure(4.2, 4.6, dpi=150)
     top, bottom = figure.subplots(2, 1, sharex=True)
     for name, errors in zip(names, evidence.errors):
         top.plot(evidence.sigmas.numpy(), errors.numpy(), marker=".", label=name)
@@ -316,15 +250,8 @@ def error_figure(evidence: ClassificationEvidence, names: list[str]) -> Image.Im
 
 
 def guidance_figure(sigmas: list[float], weights: list[float]) -> Image.Image:
-    """Draws the guidance weight w(σ) of each step of a sampling, with the first step to the left.
-
-    Args:
-        sigmas (`list[float]`): noise level of each step.
-        weights (`list[float]`): w(σ) of each step; 1 means no guidance.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5, 2.2), dpi=150, layout="constrained")
+    """Draws the guidance weight w(σ) of each step of a sampling, with the first step to the left."""
+    figure = _figure(4.5, 2.2, dpi=150)
     axis = figure.subplots()
     axis.axhline(1, color="0.7", linewidth=0.8)
     axis.plot(sigmas, weights, marker=".")
@@ -348,26 +275,29 @@ def _draw_excess(axis: Any, evidence: ClassificationEvidence, names: list[str]) 
 def reliability_diagram(probabilities: torch.Tensor, labels: torch.Tensor, num_bins: int = 10) -> Image.Image:
     """Draws the accuracy of answers by their confidence. On the diagonal, the two are equal.
 
-    Args:
-        probabilities (`torch.Tensor` of shape `(N, classes)`): probability of each class.
-        labels (`torch.Tensor` of shape `(N,)`): the true classes.
-        num_bins (`int`, defaults to 10): number of bins, which hold equally many images.
+    `probabilities` has the shape `(N, classes)`, and `labels`, the true classes, has the shape `(N,)`. The
+    bins hold equally many images.
     """
-    from matplotlib.figure import Figure
-
     confidences, found = probabilities.max(1)
     hits = (found == labels).float()
     bins = [rows for rows in confidences.argsort().tensor_split(num_bins) if len(rows)]
     means = [confidences[rows].mean().item() for rows in bins]
     shares = [hits[rows].mean().item() for rows in bins]
     errors = [(share * (1 - share) / len(rows)) ** 0.5 for share, rows in zip(shares, bins)]
-    figure = Figure(figsize=(4.5, 4), layout="constrained")
+    figure = _figure(4.5, 4)
     axis = figure.subplots()
     start = 1 / probabilities.shape[1]
     axis.plot([start, 1], [start, 1], color="0.7", linewidth=0.8)
     axis.errorbar(means, shares, yerr=errors, marker="o", capsize=2)
     axis.set(xlabel="confidence", ylabel="share that is right", title=f"{len(labels):,} images")
     return _drawn(figure)
+
+
+def _figure(width: float, height: float, dpi: int = 100) -> Any:
+    """Creates a matplotlib figure. Matplotlib is imported here only, since most pictures do not need it."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def _drawn(figure: Any) -> Image.Image:
