@@ -6,10 +6,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from .. import __version__
-from .card_evaluation import TASK, add_evaluation, read_evaluation
+from .card_evaluation import TASK, add_evaluation, eval_result, read_evaluation
 from .client import hub_id
 
 
@@ -45,34 +45,21 @@ CIFAR10_IDS = ("uoft-cs/cifar10", "cifar10")
 class TrainingReport:
     """The facts about a training that its model card shows.
 
-    Args:
-        dataset_name (`str`): the data set of the training. The card shows it only if it is a Hub id.
-        options (`dict[str, Any]`): the options of `train_pet.py`. The card shows [`CARD_OPTIONS`].
-        num_train_images (`int`): number of images in the training set.
-        num_held_out_images (`int`): number of images that were kept out of the training set.
-        num_validation_images (`int`): number of held-out images that measured the validation loss.
-        num_steps (`int`): number of optimizer steps.
-        num_images_seen (`int`): number of images that all processes trained on, repetitions included.
-        seconds (`float`): duration of the training.
-        device (`str`): kind and number of the devices.
-        precision (`str`): precision of the matrix products: `"no"` (float32), `"bf16"` or `"fp16"`.
-        base_model (`str`, *optional*): the pipeline that the training started from. The card shows it only if
-            it is a Hub id.
-        validation_loss (`float`, *optional*): the validation loss of exactly the saved weights.
+    The card shows the names of the data set and of the base model only if they are ids of the Hub.
     """
 
     dataset_name: str
-    options: dict[str, Any]
+    options: dict[str, Any]  # of `train_pet.py`; the card shows `CARD_OPTIONS`
     num_train_images: int
     num_held_out_images: int
-    num_validation_images: int
-    num_steps: int
-    num_images_seen: int
+    num_validation_images: int  # the held-out images that measured the validation loss
+    num_steps: int  # optimizer steps
+    num_images_seen: int  # by all processes, repetitions included
     seconds: float
-    device: str
-    precision: str
-    base_model: str | None = None
-    validation_loss: float | None = None
+    device: str  # kind and number of the devices
+    precision: str  # of the matrix products: "no" (float32), "bf16" or "fp16"
+    base_model: str | None = None  # the pipeline that the training started from
+    validation_loss: float | None = None  # of exactly the saved weights
 
 
 def render_model_card(
@@ -80,15 +67,8 @@ def render_model_card(
 ) -> str:
     """Returns the model card of a trained pipeline. The card has no sections for what was not measured.
 
-    Args:
-        folder (`str` or `Path`): the folder of the saved pipeline. The card shows `samples.png` and
-            `evaluation.json` if the folder has them.
-        template (`str` or `Path`): a Jinja template.
-        pipeline ([`PetDiffusionPipeline`]): the pipeline, for its classes and its architecture.
-        report ([`TrainingReport`]): the data, the recipe and the validation loss.
-
-    Returns:
-        `str`: the text of `README.md`.
+    The card shows `samples.png` and `evaluation.json` if the folder of the saved pipeline has them. The
+    template is one of Jinja.
     """
     folder = Path(folder)
     config = pipeline.transformer.config
@@ -99,17 +79,8 @@ def render_model_card(
     dataset_id, base_model = hub_id(report.dataset_name), hub_id(report.base_model)
     results = []
     if report.validation_loss is not None:
-        results = [
-            EvalResult(
-                task_type=TASK,
-                dataset_type=dataset_id or "local",
-                dataset_name=dataset_id or "local data set",
-                dataset_split="train",
-                metric_type="validation_loss",
-                metric_name="validation loss",
-                metric_value=round(report.validation_loss, 6),
-            )
-        ]
+        loss = report.validation_loss
+        results = [eval_result(dataset_id, "train", "validation_loss", "validation loss", loss)]
     linear = config.attention_type == "linear"
     card_data = ModelCardData(
         library_name="diffusers",

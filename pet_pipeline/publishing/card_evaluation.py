@@ -26,13 +26,9 @@ SETTING_PHRASES = {
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """Reads the record of an evaluation that [`evaluate`] made.
+    """Reads the record of an evaluation that [`evaluate`] made, or raises `ValueError` if the file is none.
 
-    Returns:
-        `dict`: the record. Its `settings` and its `floors` may be empty.
-
-    Raises:
-        ValueError: if the file is not the record of an evaluation.
+    The `settings` and the `floors` of the record may be empty.
     """
     record = {"settings": {}, "floors": {}, **read_json(path)}
 
@@ -71,13 +67,25 @@ def is_plain_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) < 1000 and value.isprintable()
 
 
+def eval_result(
+    dataset_id: str | None, split: str | None, metric: str, name: str, value: float
+) -> EvalResult:
+    """Returns an entry of a card's metadata; `dataset_id` is `None` for a local data set."""
+    return EvalResult(
+        task_type=TASK,
+        dataset_type=dataset_id or "local",
+        dataset_name=dataset_id or "local data set",
+        dataset_split=split,
+        metric_type=metric,
+        metric_name=name,
+        metric_value=round(value, 6),
+    )
+
+
 def add_evaluation(card: ModelCard, record: dict[str, Any], model_name: str) -> None:
     """Puts an evaluation into the metadata of a card, and into the text between the card's marks.
 
-    Args:
-        card (`ModelCard`): a card that [`render_model_card`] wrote; it is changed.
-        record (`dict`): a record of [`read_evaluation`].
-        model_name (`str`): the name of the model in the metadata, if the card has no name yet.
+    `model_name` becomes the name of the model in the metadata if they have none yet.
     """
     settings, measures = record["settings"], record["measures"]
     dataset_id = hub_id(settings.get("reference"))
@@ -85,15 +93,8 @@ def add_evaluation(card: ModelCard, record: dict[str, Any], model_name: str) -> 
     kept = [result for result in data.eval_results or [] if result.metric_type not in measures]
     data.model_name = data.model_name or model_name
     data.eval_results = kept + [
-        EvalResult(
-            task_type=TASK,
-            dataset_type=dataset_id or "local",
-            dataset_name=dataset_id or "local data set",
-            dataset_split=settings.get("split"),
-            metric_type=name,
-            metric_name=heading.removesuffix(" ×10³"),  # the value is not scaled here
-            metric_value=round(measures[name], 6),
-        )
+        # The value is not scaled here.
+        eval_result(dataset_id, settings.get("split"), name, heading.removesuffix(" ×10³"), measures[name])
         for name, (heading, _) in COLUMNS.items()
         if name in measures
     ]

@@ -12,13 +12,9 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 
 def hub_client(token: str | None = None) -> HfApi:
-    """Returns a client of the Hub.
+    """Returns a client of the Hub, or raises `ValueError` if there is no token or it is malformed.
 
-    Args:
-        token (`str`, *optional*): a token; the default is HF_TOKEN or the token of the stored login.
-
-    Raises:
-        ValueError: if there is no token, or if it has a character that no token has.
+    The default token is HF_TOKEN or the token of the stored login.
     """
     token = (token or get_token() or "").strip()
     if not token:
@@ -47,11 +43,7 @@ def full_repo_id(repo_id: str, api: HfApi) -> str:
 
 
 def check_card(text: str, api: HfApi) -> None:
-    """Asks the Hub whether it accepts the metadata of a model card, as every commit does.
-
-    Raises:
-        HfHubHTTPError: if the Hub does not accept the metadata.
-    """
+    """Raises `HfHubHTTPError` if the Hub does not accept the metadata of a card; every commit checks them."""
     response = get_session().post(
         f"{api.endpoint}/api/validate-yaml",
         json={"repoType": "model", "content": text},
@@ -65,16 +57,8 @@ def create_repository(
 ) -> ModelInfo | SpaceInfo:
     """Creates a repository if it does not exist, and checks that the token may write to it.
 
-    Args:
-        repo_id (`str`): `"USER/NAME"`, or `"NAME"` for the owner of the token.
-        private (`bool`, *optional*): whether only the owner can see a new repository; the default follows the
-            settings of the owner.
-        token (`str`, *optional*): see [`hub_client`].
-        repo_type (`str`, defaults to `"model"`): `"model"`, or `"space"` for a Space with Gradio.
-
-    Returns:
-        `ModelInfo` or `SpaceInfo`: the description of the repository, with its full `id`, and its files as
-        `siblings`.
+    The default of `private` follows the settings of the owner. `repo_type` is `"model"`, or `"space"` for a
+    Space with Gradio. The result describes the repository, with its full `id`, and its files as `siblings`.
 
     Raises:
         ValueError: if there is no token, if the id is malformed, or if `private` is true and the repository

@@ -33,14 +33,9 @@ KNOWN_LIBRARIES = ("diffusers", "transformers")
 
 
 def published_files(folder: str | Path) -> list[str]:
-    """Lists the files of a saved pipeline that are published.
+    """Lists the files of a saved pipeline that are published, as `"FILE"` or `"COMPONENT/FILE"`.
 
-    Args:
-        folder (`str` or `Path`): a folder that `save_pretrained` wrote. Other files in that folder, such as
-            the state of a training, are not listed.
-
-    Returns:
-        `list[str]`: paths inside the folder, as `"FILE"` or `"COMPONENT/FILE"`.
+    Other files in the folder, such as the state of a training, are not listed.
 
     Raises:
         ValueError: if the pipeline is incomplete, if its weights are damaged or not safetensors, or if a name
@@ -86,13 +81,8 @@ def published_files(folder: str | Path) -> list[str]:
 def read_index(folder: Path) -> tuple[str | None, dict[str, str]]:
     """Reads the names of the pipeline's source file and of its components from the index.
 
-    Returns:
-        `tuple[str | None, dict[str, str]]`: the name of the pipeline's source file without `.py`, or `None`
-        if the folder does not hold that file, and for each component its library or the name of its source
-        file without `.py`.
-
-    Raises:
-        ValueError: if the index is missing or is not the index of a pipeline.
+    The first result is the name of the source file without `.py`, or `None` if the folder does not hold that
+    file. The second has for each component its library, or the name of its source file without `.py`.
     """
     path = path_inside(folder, INDEX)
     if not path.is_file():
@@ -119,11 +109,7 @@ def read_index(folder: Path) -> tuple[str | None, dict[str, str]]:
 
 
 def read_shards(path: Path) -> list[str]:
-    """Reads the names of the files over which weights are split from the index of these files.
-
-    Raises:
-        ValueError: if the index does not map the names of tensors to the names of safetensors files.
-    """
+    """Reads the names of the files over which weights are split from the index of these files."""
     shards = read_json(path).get("weight_map")
     names = list(shards.values()) if isinstance(shards, dict) else []
     if not names or not all(isinstance(name, str) and name.endswith(".safetensors") for name in names):
@@ -151,15 +137,9 @@ def file_names(folder: Path, component: str) -> list[str]:
 def path_inside(folder: Path, name: str) -> Path:
     """Returns the path of a file or of a component, and checks that this path lies inside the pipeline.
 
-    All paths that a push reads come from this function.
-
-    Args:
-        folder (`Path`): the folder of the pipeline.
-        name (`str`): `"FILE"`, `"COMPONENT"` or `"COMPONENT/FILE"`.
-
-    Raises:
-        ValueError: if `name` has another form, or if the path is a link that leads out of the folder. A
-            snapshot in the cache of `huggingface_hub` may link to the `blobs` of the same repository.
+    All paths that a push reads come from this function. `ValueError` is raised if `name` is not `"FILE"`,
+    `"COMPONENT"` or `"COMPONENT/FILE"`, or if the path is a link that leads out of the folder. A snapshot in
+    the cache of `huggingface_hub` may link to the `blobs` of the same repository.
     """
     parts = name.split("/")
     if len(parts) > 2 or not all(PLAIN_NAME.fullmatch(part) for part in parts):
@@ -174,11 +154,7 @@ def path_inside(folder: Path, name: str) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Reads a text file.
-
-    Raises:
-        ValueError: if the file is not UTF-8.
-    """
+    """Reads a text file in UTF-8, or raises `ValueError`."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeError as error:
@@ -186,11 +162,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        ValueError: if the file does not hold a JSON object.
-    """
+    """Reads a JSON object, or raises `ValueError`."""
     try:
         content = json.loads(read_text(path))
         write_json(content)  # JSON can escape half of a surrogate pair, which UTF-8 cannot encode

@@ -31,12 +31,8 @@ def push_folder(
 
     The same commit removes files of components and evaluations from the repository if an earlier push left
     them there and the folder no longer has them. The folder itself is only read. A new repository is created
-    after everything has been read and checked, so that a refused push does not leave an empty one.
-
-    Args:
-        folder (`str` or `Path`): see [`published_files`].
-        repo_id (`str`), private (`bool`, *optional*), token (`str`, *optional*): see [`create_repository`].
-        commit_message (`str`, defaults to `"Upload the pipeline"`): the first line of the commit message.
+    after everything has been read and checked, so that a refused push does not leave an empty one. See
+    [`create_repository`] for `repo_id`, `private` and `token`.
 
     Raises:
         ValueError: if the folder is not a complete pipeline of safetensors, if its card or its evaluation is
@@ -93,11 +89,7 @@ def published_content(folder: Path, name: str, repo_id: str) -> Path | bytes:
 
 
 def published_card(folder: Path, repo_id: str) -> str:
-    """Returns the card of a folder with the id of its repository and with the folder's evaluation, if any.
-
-    Raises:
-        ValueError: if the metadata of the card or the record of the evaluation are not valid.
-    """
+    """Returns the card of a folder with the id of its repository and with the folder's evaluation, if any."""
     path, evaluation = path_inside(folder, "README.md"), path_inside(folder, "evaluation.json")
     text = read_text(path)
     # A card loads its own folder by a name without a slash. The ids of other repositories have a slash.

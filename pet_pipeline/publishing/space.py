@@ -17,11 +17,6 @@ def push_space(model_id: str, token: str | None = None, commit_message: str = "U
 
     The Space has the id of the model, and is private if the model is private.
 
-    Args:
-        model_id (`str`): the id of a model that is on the Hub.
-        token (`str`, *optional*): see [`hub_client`].
-        commit_message (`str`, defaults to `"Upload the page"`): the first line of the commit message.
-
     Raises:
         ValueError: if there is no token or the id is malformed.
         OSError: if the Hub does not have the model, cannot be reached, or refuses the push.
@@ -45,15 +40,8 @@ def push_space(model_id: str, token: str | None = None, commit_message: str = "U
 def space_files(model_id: str, private: bool = False) -> dict[str, bytes]:
     """Returns the files of a Space: its app, requirements and card, and the source of this package.
 
-    The Space runs the uploaded source, which is the version of the package that published it.
-
-    Args:
-        model_id (`str`): `"USER/NAME"` of the model.
-        private (`bool`, defaults to `False`): whether the model is private. The card then explains which
-            token the Space needs.
-
-    Returns:
-        `dict[str, bytes]`: the contents of the files by their paths in the Space.
+    The Space runs the uploaded source, which is the version of the package that published it. The card of a
+    private model explains which token the Space needs.
     """
     app = (
         '"""The web page of a model; see README.md."""\n\nimport sys\n\n'

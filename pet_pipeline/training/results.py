@@ -21,26 +21,15 @@ from .log import TrainingLog
 
 @dataclass
 class TrainingResults:
-    """Measures and saves the averaged weights of a training; each method does nothing on other processes.
-
-    Args:
-        args (`argparse.Namespace`): the options of `train_pet.py`.
-        accelerator (`Accelerator`): the processes of the training.
-        state ([`TrainingState`]): the progress of the training.
-        log ([`TrainingLog`]): the log of the training.
-        ema (`EMAModel`): the averaged weights.
-        pipeline ([`PetDiffusionPipeline`]): a pipeline that the averaged weights are copied into.
-        model_card (`Path`): the template of the model card.
-        train_set ([`ImageDataset`]), held_out_set ([`ImageDataset`]): the two parts of the data set.
-    """
+    """Measures and saves the averaged weights of a training; each method does nothing on other processes."""
 
     args: argparse.Namespace
     accelerator: Accelerator
     state: TrainingState
     log: TrainingLog
     ema: EMAModel
-    pipeline: PetDiffusionPipeline
-    model_card: Path
+    pipeline: PetDiffusionPipeline  # the averaged weights are copied into it
+    model_card: Path  # the template
     train_set: ImageDataset
     held_out_set: ImageDataset
     validation_losses: dict[int, float] = field(default_factory=dict)  # by step
