@@ -40,15 +40,10 @@ MAX_POSITION_VALUES = 2**28  # image size² × width of the tokens
 
 
 def check_components(index: Mapping[str, Any], folder: Path) -> None:
-    """Checks the classes and the configurations of the components of a pipeline folder.
+    """Checks the classes and the configurations of the components of a local pipeline folder.
 
-    Args:
-        index (`dict`): the content of `model_index.json`, with a library and a class for each component.
-        folder (`Path`): the local folder.
-
-    Raises:
-        ValueError: if a component is of an unsuitable class, or would exhaust memory; the message names it.
-        OSError: if a configuration is missing.
+    `index` is the content of `model_index.json`. `ValueError` is raised if a component is of an unsuitable
+    class or would exhaust memory, and `OSError` if a configuration is missing.
     """
     for name, base_class in BASE_CLASSES.items():
         library, class_name = index.get(name, (None, None))
@@ -131,8 +126,7 @@ def check_other_model(component_class: type[ModelMixin], config: Mapping[str, An
 def check_building(name: str, component_class: type, config: Mapping[str, Any]) -> None:
     """Builds a component without memory for its weights.
 
-    Raises:
-        ValueError: if the class refuses the configuration, or if a model has too many parameters.
+    `ValueError` is raised if the class refuses the configuration, or if a model has too many parameters.
     """
     arguments = {key: config[key] for key in inspect.signature(component_class).parameters if key in config}
     is_model = issubclass(component_class, ModelMixin)

@@ -68,17 +68,12 @@ class Gate:
     A visitor is known by the address of the request, because a visitor can invent any number of sessions.
     Behind a proxy, this is the address that the proxy tells, provided that the environment variable
     `FORWARDED_ALLOW_IPS` names the proxy.
-
-    Args:
-        app (`ASGIApp`): Gradio.
-        page (`gr.Blocks`): the page.
-        folder (`Path`): where uploaded files wait until they are read.
     """
 
     def __init__(self, app: ASGIApp, page: gr.Blocks, folder: Path) -> None:
-        self.app = app
+        self.app = app  # Gradio
         self.page = page
-        self.folder = folder
+        self.folder = folder  # where uploaded files wait until they are read
         self.listening: list[str] = []  # sessions with an open stream of messages
         self.uploading: list[str] = []  # addresses with an upload in progress
         self.stored: dict[Path, str] = {}  # uploaded files with their visitors, from the oldest to the newest
@@ -103,8 +98,7 @@ class Gate:
     async def push(self, body: Any, request: Request, username: str | None) -> tuple[bool, Any, str]:
         """Stands in for `push` of Gradio's queue: puts a job in the queue, and drops it if nobody listens.
 
-        Raises:
-            HTTPException: if the page has no such job, or the visitor has too many jobs already.
+        `HTTPException` is raised if the page has no such job, or the visitor has too many jobs already.
         """
         job = self.page.fns.get(body.fn_index)
         if job is None or job.fn is None or len(body.data) != len(job.inputs):

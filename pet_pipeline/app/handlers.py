@@ -48,14 +48,9 @@ def shown_errors() -> Iterator[None]:
 
 
 def settings_from_inputs(values: Sequence[Any], names: list[str]) -> SampleSettings:
-    """Returns the settings that the values of the page's inputs stand for.
+    """Returns the settings that the values of the page's inputs stand for, in the order of the options.
 
-    Args:
-        values (`Sequence`): one value for each option of [`SampleSettings`], in the same order.
-        names (`list[str]`): the classes of the model.
-
-    Raises:
-        ValueError: if a value is not one that the page offers.
+    `names` are the classes of the model. `ValueError` is raised if a value is not one that the page offers.
     """
     settings: dict[str, Any] = {}
     for (name, option), value in zip(SampleSettings.options().items(), values):
@@ -80,13 +75,7 @@ def draw_seed(seed: Any, is_drawn: Any) -> Any:
 class Handlers:
     """Answers the events of the page; every method that is a handler takes the values of its inputs.
 
-    Args:
-        pipeline ([`PetDiffusionPipeline`]): the model.
-        reference ([`Reference`], *optional*): the data set of the model, see [`build_app`].
-        closed (`threading.Event`, *optional*): ends the work on all requests when it is set.
-
-    Raises:
-        ValueError: see [`build_app`].
+    See [`build_app`] for the arguments and errors.
     """
 
     def __init__(

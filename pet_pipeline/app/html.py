@@ -63,10 +63,7 @@ def model_settings(pipeline: PetDiffusionPipeline) -> dict[str, str]:
 def samples_html(samples: Samples, model: dict[str, str] | None = None) -> str:
     """Returns samples in one row for each class.
 
-    Args:
-        samples ([`Samples`]): the images.
-        model (`dict[str, str]`, *optional*): see [`model_settings`]. If it is given, each image is a link
-            that downloads a PNG with its settings.
+    If `model` is given (see [`model_settings`]), each image is a link that downloads a PNG with its settings.
     """
     parts = []
     for name, row in samples.rows.items():
@@ -103,10 +100,7 @@ def evidence_html(image: Image.Image, evidence: ClassificationEvidence, names: l
 def neighbors_html(samples: Samples, training_images: torch.Tensor) -> str:
     """Returns each sample beside the training images that are closest to it.
 
-    Args:
-        samples ([`Samples`]): the samples.
-        training_images (`torch.Tensor` of shape `(M, 3, height, width)`, uint8): the images that the model
-            was trained on.
+    The training images are uint8, of shape `(M, 3, height, width)`.
     """
     from ..evaluation.metrics import nearest_neighbors, pixel_distances
     from ..training.data import image_to_tensor, to_model_range

@@ -48,17 +48,9 @@ def serve(
     Visitors behind a proxy are told apart if the environment variable `FORWARDED_ALLOW_IPS` names the
     addresses of the proxy. On a Space, this function sets the variable.
 
-    Args:
-        pipeline ([`PetDiffusionPipeline`]): the model.
-        reference ([`Reference`], *optional*): the data set that the model was trained on, see [`build_app`].
-        host (`str`, defaults to `"127.0.0.1"`): address to listen on; other machines see the page if it is
-            `"0.0.0.0"`.
-        port (`int`, *optional*): port to listen on; the default is the first free one from 7860 on.
-        share (`bool`, defaults to `False`): whether to get a public address through the servers of Gradio.
-
-    Raises:
-        OSError: if the port is taken.
-        ValueError: see [`build_app`].
+    Other machines see the page if `host` is `"0.0.0.0"`. The default port is the first free one from 7860 on;
+    `OSError` is raised if a given port is taken. With `share`, the page gets a public address through the
+    servers of Gradio. See [`build_app`] for the other arguments and errors.
     """
     with TemporaryDirectory(prefix="pet-pipeline-") as folder, ExitStack() as restored:
         variables = {"GRADIO_TEMP_DIR": folder}

@@ -36,28 +36,17 @@ NUM_EXAMPLES = 8
 
 @dataclass(frozen=True)
 class Samples:
-    """Images of a sampling, or the model's predictions of them at one of its steps.
+    """Images of a sampling, or the model's predictions of them at one of its steps."""
 
-    Args:
-        rows (`dict[str, list[Image.Image]]`): the images of each class.
-        seed (`int`): seed of the first image of each class; the seeds of the next images count up.
-        settings ([`SampleSettings`]): the settings of the sampling.
-        step (`int`): number of steps that are done.
-        num_steps (`int`): number of steps of the sampling.
-        seconds (`float`, defaults to 0.0): time that the whole sampling took.
-        evaluations (`int`, defaults to 0): evaluations of the model for each image.
-        strip (`Image.Image`, *optional*): the first image of each class at every step; only the finished
-            images have it.
-    """
-
-    rows: dict[str, list[Image.Image]]
-    seed: int
+    rows: dict[str, list[Image.Image]]  # of each class
+    seed: int  # of the first image of each class; the seeds of the next images count up
     settings: SampleSettings
-    step: int
+    step: int  # number of steps that are done
     num_steps: int
+    # Only finished images have the following.
     seconds: float = 0.0
-    evaluations: int = 0
-    strip: Image.Image | None = None
+    evaluations: int = 0  # of the model, for each image
+    strip: Image.Image | None = None  # the first image of each class at every step
 
 
 class Cancelled(Exception):
@@ -73,9 +62,8 @@ def stream(
     work, because Gradio closes iterators in its event loop. The thread belongs to an executor because Python
     waits for such threads when it exits, but does not wait for Gradio's own threads.
 
-    Args:
-        work (callable): takes one argument, the function `report`, and calls it with anything.
-        closed (`threading.Event`, *optional*): ends the work in the same way when it is set.
+    The argument of `work` is the function `report`, which takes anything. Setting `closed` ends the work in
+    the same way.
     """
     reports: queue.SimpleQueue = queue.SimpleQueue()
     cancelled, end = threading.Event(), object()
@@ -148,18 +136,11 @@ def sample(
     settings: SampleSettings,
     report: Callable[[Samples], None] = lambda samples: None,
 ) -> Samples:
-    """Draws the same images as `pet-pipeline generate` draws with these settings.
+    """Draws `number` images of each class, the same as `pet-pipeline generate` draws with these settings.
 
-    Args:
-        pipeline ([`PetDiffusionPipeline`]): the pipeline that gives the weights; it is not changed.
-        names (`list[str]`): names of the classes.
-        number (`int`): number of images of each class. All classes start from the same noise.
-        seed (`int`): seed of the first image of each class; the seeds of the next images count up.
-        settings ([`SampleSettings`]): settings of the sampling.
-        report (callable, *optional*): function that is called with [`Samples`] after each step.
-
-    Raises:
-        ValueError: if a class does not exist, or the request is larger than the page allows.
+    `seed` is that of the first image of each class; the seeds of the next images count up. After each step,
+    `report` is called with the predictions of the images. The pipeline is not changed. `ValueError` is raised
+    if a class does not exist, or if the request is larger than the page allows.
     """
     check_request(pipeline, names, number, seed)
     number, seed = int(number), int(seed)
@@ -211,8 +192,7 @@ def sample(
 def read_upload(path: Path) -> Image.Image:
     """Reads an uploaded image of a common format and a reasonable size, and removes the file.
 
-    Raises:
-        ValueError: if the file is something else; the message does not tell where the file was.
+    For other files, `ValueError` is raised, with a message that does not tell where the file was.
     """
     try:
         with Image.open(path, formats=UPLOAD_FORMATS) as image:
@@ -241,18 +221,10 @@ def classify(
     seed: int,
     report: Callable[[int], None] = lambda evaluations: None,
 ) -> PetClassificationOutput:
-    """Classifies an image, with evidence.
+    """Classifies an image, with evidence, by an even number of evaluations for each class.
 
-    Args:
-        classifier ([`PetClassificationPipeline`]): the classifier; it is not changed.
-        image (`Image.Image`): the image.
-        num_evaluations (`int`): number of evaluations for each class, an even number.
-        seed (`int`): seed of the noise.
-        report (callable, *optional*): function that is called before each batch with the number of
-            evaluations that are done.
-
-    Raises:
-        ValueError: if an argument is out of its range.
+    Before each batch, `report` is called with the number of evaluations that are done. The classifier is not
+    changed. `ValueError` is raised if a number is out of its range.
     """
     check_number("The number of evaluations for each class", num_evaluations, 2, MAX_EVALUATIONS)
     check_number("The seed", seed, 0, MAX_SEED)
