@@ -85,17 +85,16 @@ def check_memory(config: Mapping[str, Any]) -> None:
     """Raises `ValueError` if a configuration of [`PetTransformer2DModel`] would exhaust memory."""
     full = FrozenDict(config)
     check_config(full)
-    num_values = full.in_channels * full.sample_size**2
-    if num_values > MAX_IMAGE_VALUES:
-        raise ValueError(
-            f"`in_channels` × `sample_size`² must be at most {MAX_IMAGE_VALUES:,}, but is {num_values:,}."
-        )
-    num_frequencies = full.in_channels * full.patch_size**2
-    if full.frequency_variances is not None and num_frequencies > MAX_FREQUENCIES:
-        raise ValueError(
-            f"`frequency_variances` must have at most {MAX_FREQUENCIES:,} values, but has "
-            f"{num_frequencies:,}."
-        )
+    check_limit("`in_channels` × `sample_size`²", full.in_channels * full.sample_size**2, MAX_IMAGE_VALUES)
+    if full.frequency_variances is not None:
+        num_frequencies = full.in_channels * full.patch_size**2
+        check_limit("The number of `frequency_variances`", num_frequencies, MAX_FREQUENCIES)
+
+
+def check_limit(name: str, number: int, limit: int) -> None:
+    """Raises `ValueError` if a number that memory grows with is above its limit."""
+    if number > limit:
+        raise ValueError(f"{name} must be at most {limit:,}, but is {number:,}.")
 
 
 def check_other_model(component_class: type[ModelMixin], config: Mapping[str, Any]) -> None:
@@ -115,12 +114,8 @@ def check_other_model(component_class: type[ModelMixin], config: Mapping[str, An
     check_size("transformer", config)
     dims = [config.get(name, 1) for name in ("num_attention_heads", "attention_head_dim")]
     dim = dims[0] * dims[1] if all(isinstance(value, int) for value in dims) else MAX_NUMBER
-    num_values = config["sample_size"] ** 2 * dim
-    if num_values > MAX_POSITION_VALUES:
-        raise ValueError(
-            f"`sample_size`² × `num_attention_heads` × `attention_head_dim` must be at most "
-            f"{MAX_POSITION_VALUES:,}, but is {num_values:,}."
-        )
+    name = "`sample_size`² × `num_attention_heads` × `attention_head_dim`"
+    check_limit(name, config["sample_size"] ** 2 * dim, MAX_POSITION_VALUES)
 
 
 def check_building(name: str, component_class: type, config: Mapping[str, Any]) -> None:

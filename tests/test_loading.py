@@ -369,7 +369,7 @@ def test_a_pipeline_cannot_be_a_component(saved, tmp_path, monkeypatch, library)
         ({"decoder_channels": 10**6}, "parameters, but this configuration has"),
         (
             {"sample_size": 64, "patch_size": 64, "frequency_variances": 12288 * [1.0]},
-            "must have at most 4,096 values, but has 12,288",
+            "must be at most 4,096, but is 12,288",
         ),
         ({"num_layers": "8"}, "`num_layers` must be an integer"),
     ],
