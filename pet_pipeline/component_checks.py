@@ -24,7 +24,12 @@ from .scheduling_adaptive_edm import RANGES, AdaptiveEDMScheduler
 from .transformer_pet import PetTransformer2DModel, check_config
 
 
-BASE_CLASSES = {"transformer": ModelMixin, "scheduler": SchedulerMixin, "guider": BaseGuidance}
+BASE_CLASSES = {
+    "transformer": ModelMixin,
+    "guide": ModelMixin,
+    "scheduler": SchedulerMixin,
+    "guider": BaseGuidance,
+}
 
 MAX_PARAMETERS = 2_000_000_000  # 8 GB in float32
 
@@ -73,7 +78,7 @@ def check_components(index: Mapping[str, Any], folder: Path) -> None:
         if issubclass(component_class, PetTransformer2DModel):
             check_memory(config)
         elif issubclass(component_class, ModelMixin):
-            check_other_model(component_class, config)
+            check_other_model(name, component_class, config)
         elif issubclass(component_class, SchedulerMixin):
             check_scheduler(component_class, config)
         else:
@@ -97,21 +102,21 @@ def check_limit(name: str, number: int, limit: int) -> None:
         raise ValueError(f"{name} must be at most {limit:,}, but is {number:,}.")
 
 
-def check_other_model(component_class: type[ModelMixin], config: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if a model cannot be the denoiser, or its configuration would exhaust memory."""
+def check_other_model(name: str, component_class: type[ModelMixin], config: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if a model cannot be a denoiser, or its configuration would exhaust memory."""
     arguments = list(inspect.signature(component_class.forward).parameters)
     if arguments[3:4] != ["class_labels"]:
         raise ValueError(
-            "`transformer` must take an image, a timestep and `class_labels`, but "
+            f"`{name}` must take an image, a timestep and `class_labels`, but "
             f"{component_class.__name__} does not."
         )
-    for name in ("sample_size", "in_channels", "num_classes"):
-        if not isinstance(config.get(name), int) or config[name] < 1:
+    for key in ("sample_size", "in_channels", "num_classes"):
+        if not isinstance(config.get(key), int) or config[key] < 1:
             raise ValueError(
-                f"`{name}` in the configuration of the transformer must be a positive integer, but is "
-                f"{reprlib.repr(config.get(name))}."
+                f"`{key}` in the configuration of the {name} must be a positive integer, but is "
+                f"{reprlib.repr(config.get(key))}."
             )
-    check_size("transformer", config)
+    check_size(name, config)
     dims = [config.get(name, 1) for name in ("num_attention_heads", "attention_head_dim")]
     dim = dims[0] * dims[1] if all(isinstance(value, int) for value in dims) else MAX_NUMBER
     name = "`sample_size`² × `num_attention_heads` × `attention_head_dim`"

@@ -5,7 +5,8 @@ Limited Interval Improves Sample and Distribution Quality in Diffusion Models", 
 middle noise levels only, and Wang et al. (2024), "Analysis of Classifier-Free Guidance Weight Schedulers",
 that its strength should grow as the noise falls. Perturbed-attention guidance is Ahn et al. (2024),
 "Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance": it steers away from what the denoiser
-predicts when some of its blocks do not see the image as a whole.
+predicts when some of its blocks do not see the image as a whole. Autoguidance is Karras et al. (2024), "Guiding
+a Diffusion Model with a Bad Version of Itself": it steers away from a smaller, less trained model, the `guide`.
 
 This file travels inside every saved checkpoint: it imports PyTorch, diffusers, the standard library and
 `pipeline_pet_loading`, which travels too.
@@ -25,7 +26,7 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 
-from .pipeline_pet_loading import PetPipelineMixin, check_integer, check_number, check_pag_scale
+from .pipeline_pet_loading import PetPipelineMixin, check_integer, check_number, check_scale
 
 
 GUIDANCE_SCHEDULES = ("adaptive", "constant", "interval")
@@ -102,6 +103,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
     image_processor = VaeImageProcessor(vae_scale_factor=1)
     _guidance_scale = 1.0
     _pag_scale = 0.0
+    _autoguidance_scale = 1.0
     _guidance_schedule: str | Callable[[float], float] = "adaptive"
     _num_timesteps = 0
     _interrupt = False
@@ -115,6 +117,11 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
     def pag_scale(self) -> float:
         """Strength of the perturbed-attention guidance in the current call."""
         return self._pag_scale
+
+    @property
+    def autoguidance_scale(self) -> float:
+        """Strength of the autoguidance in the current call."""
+        return self._autoguidance_scale
 
     @property
     def num_timesteps(self) -> int:
@@ -143,6 +150,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         guidance_schedule: str | Callable[[float], float],
         guidance_interval: tuple[float, float],
         pag_scale: float,
+        autoguidance_scale: float,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
@@ -156,11 +164,17 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
                 "predictions only, such as ClassifierFreeGuidance."
             )
         check_number("guidance_scale", guidance_scale)
-        check_pag_scale(pag_scale)
+        check_scale("pag_scale", pag_scale)
         if pag_scale != 0 and not self._can_be_perturbed():
             raise ValueError(
                 "`pag_scale` needs a model whose `forward` takes `perturbed_layers`, such as "
                 f"`PetTransformer2DModel`, but the model is of the class {type(self.transformer).__name__}."
+            )
+        check_scale("autoguidance_scale", autoguidance_scale)
+        if autoguidance_scale != 1 and self.guide is None:
+            raise ValueError(
+                "`autoguidance_scale` needs a pipeline with a `guide`, a worse model of the same images: "
+                "`PetDiffusionPipeline.from_pretrained(folder, guide=model)`."
             )
         if not callable(guidance_schedule):
             guidance_weight(1.0, guidance_scale, guidance_schedule)  # raises if there is no such schedule
@@ -242,6 +256,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
         pag_scale: float | None = None,
         pag_applied_layers: list[int] | None = None,
+        autoguidance_scale: float | None = None,
         negative_class_labels: str | int | list | torch.Tensor | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -272,6 +287,12 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
                 the value in the pipeline's config if the model can be perturbed, and otherwise 0.
             pag_applied_layers (`list[int]`, *optional*): indices of the blocks that PAG perturbs. `None`
                 means the block at 3/10 of the depth.
+            autoguidance_scale (`float`, *optional*): strength w of autoguidance, which replaces D_class by
+                D_guide + w·(D_class - D_guide), where D_guide is what the pipeline's `guide` predicts for the
+                same class. Images become clearer, and stay varied. The class difference D_class - D_null of
+                the other guidance is then that of the guide as well, so that the denoiser is evaluated once
+                a step. 1 turns autoguidance off. `None` means the value in the pipeline's config if the
+                pipeline has a guide, and otherwise 1.
             negative_class_labels (like `class_labels`, *optional*): classes to steer away from instead of the
                 null class: one, or one for each class label.
             num_images_per_prompt (`int`, defaults to 1): number of images for each class label.
@@ -304,11 +325,15 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         if pag_scale is None:
             is_used = self.guider is None and self._can_be_perturbed()
             pag_scale = self.config.pag_scale if is_used else 0.0
+        if autoguidance_scale is None:
+            is_used = self.guider is None and self.guide is not None
+            autoguidance_scale = self.config.autoguidance_scale if is_used else 1.0
         self.check_inputs(
             guidance_scale,
             guidance_schedule,
             guidance_interval,
             pag_scale,
+            autoguidance_scale,
             output_type,
             callback_on_step_end_tensor_inputs,
         )
@@ -320,6 +345,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         self._guidance_scale = guidance_scale
         self._guidance_schedule = guidance_schedule
         self._pag_scale = pag_scale
+        self._autoguidance_scale = autoguidance_scale
         self._interrupt = False
 
         # 2. Noise levels
@@ -387,14 +413,29 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         )
 
     def _model_output(
-        self, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor, **kwargs: Any
+        self,
+        model: torch.nn.Module,
+        model_input: torch.Tensor,
+        timestep: torch.Tensor,
+        labels: torch.Tensor,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """Runs the network on `(batch, channels, height, width)`; returns its raw output in float32."""
+        """Runs a network on `(batch, channels, height, width)`; returns its raw output in float32."""
         timesteps = timestep.float().expand(len(model_input))
-        output = self.transformer(
-            model_input.to(self.transformer.dtype), timesteps, labels, **kwargs, return_dict=False
-        )[0]
+        output = model(model_input.to(model.dtype), timesteps, labels, **kwargs, return_dict=False)[0]
         return output.float()
+
+    def _outputs_of_both(
+        self,
+        model: torch.nn.Module,
+        model_input: torch.Tensor,
+        timestep: torch.Tensor,
+        labels: torch.Tensor,
+        null_labels: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Returns the outputs of a network for the classes and for the null class, in one evaluation."""
+        both = [torch.cat([model_input] * 2), timestep, torch.cat([labels, null_labels])]
+        return self._model_output(model, *both).chunk(2)
 
     def _guided_output(
         self,
@@ -407,19 +448,25 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         pag_applied_layers: list[int] | None,
     ) -> torch.Tensor:
         """Guides the network output F. D is affine in F, so that guidance of F equals guidance of D."""
-        if weight == 1:
-            conditional = output = self._model_output(model_input, timestep, labels)
+        inputs = (model_input, timestep, labels)
+        if self._autoguidance_scale != 1:
+            conditional = self._model_output(self.transformer, *inputs)
+            if weight == 1:
+                worse, difference = self._model_output(self.guide, *inputs), 0.0
+            else:
+                worse, unconditional = self._outputs_of_both(self.guide, *inputs, null_labels)
+                difference = worse - unconditional
+            output = worse + self._autoguidance_scale * (conditional - worse) + (weight - 1) * difference
+        elif weight == 1:
+            conditional = output = self._model_output(self.transformer, *inputs)
         else:
-            both = self._model_output(
-                torch.cat([model_input] * 2), timestep, torch.cat([labels, null_labels])
-            )
-            conditional, unconditional = both.chunk(2)
+            conditional, unconditional = self._outputs_of_both(self.transformer, *inputs, null_labels)
             output = unconditional + weight * (conditional - unconditional)
         if pag_weight == 0:
             return output
         if pag_applied_layers is None:
             pag_applied_layers = [3 * self.transformer.config.num_layers // 10]
-        perturbed = self._model_output(model_input, timestep, labels, perturbed_layers=pag_applied_layers)
+        perturbed = self._model_output(self.transformer, *inputs, perturbed_layers=pag_applied_layers)
         return output + pag_weight * (conditional - perturbed)
 
     def _guider_output(
@@ -439,7 +486,9 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         batches = self.guider.prepare_inputs({"class_labels": (labels, null_labels)})
         for batch in batches:
             self.guider.prepare_models(self.transformer)
-            batch.noise_pred = precondition(self._model_output(model_input, timestep, batch.class_labels))
+            batch.noise_pred = precondition(
+                self._model_output(self.transformer, model_input, timestep, batch.class_labels)
+            )
             self.guider.cleanup_models(self.transformer)
         denoised = self.guider(batches)[0]
         # The scheduler's own formula at F = 0 and F = 1 inverts D = c_skip·x + c_out·F.

@@ -33,7 +33,7 @@ COMPONENT_MODULES = ("transformer_pet", "scheduling_adaptive_edm")
 PIPELINE_MODULES = ("pipeline_pet_diffusion", "pipeline_pet_classification", "pipeline_pet_loading")
 
 MAX_LABEL_LENGTH = 256
-MAX_PAG_SCALE = 100.0  # useful values are about 0 to 3; float16 overflows at thousands
+MAX_SCALE = 100.0  # useful values are about 0 to 3; float16 overflows at thousands
 NUM_BANDS = 8  # bands of noise levels in a calibration
 
 if TYPE_CHECKING:
@@ -52,19 +52,23 @@ class PetPipelineMixin(PipelineBase):
         scheduler ([`AdaptiveEDMScheduler`]): the noise levels and the preconditioning; `EDMEulerScheduler`
             and `EDMDPMSolverMultistepScheduler` are possible too.
         guider (`BaseGuidance`, *optional*): a guider of diffusers. [`PetDiffusionPipeline`] then uses it
-            instead of `guidance_scale`, `guidance_schedule` and `pag_scale`.
+            instead of `guidance_scale`, `guidance_schedule`, `pag_scale` and `autoguidance_scale`.
+        guide (`ModelMixin`, *optional*): a worse model of the same images, called in the same way as the
+            denoiser: smaller, or trained for less time. [`PetDiffusionPipeline`] uses it for autoguidance.
         id2label (`dict`, *optional*): class names by id, for example `{0: "cat", 1: "dog"}`.
         calibration (`dict`, *optional*): the weight of each band of noise levels in the classification,
             `{"weights": [...]}`. `pet-pipeline calibrate` measures it.
         pag_scale (`float`, defaults to 0.0): strength of perturbed-attention guidance if a call of
             [`PetDiffusionPipeline`] does not give one; at most 100 in absolute value.
+        autoguidance_scale (`float`, defaults to 1.0): strength of autoguidance if the pipeline has a guide
+            and a call does not give one; at most 100 in absolute value.
 
     Raises:
         ValueError: if an argument is out of range; the message names it.
     """
 
-    model_cpu_offload_seq = "transformer"
-    _optional_components = ["guider"]
+    model_cpu_offload_seq = "guide->transformer"
+    _optional_components = ["guider", "guide"]
 
     def __init__(
         self,
@@ -74,16 +78,21 @@ class PetPipelineMixin(PipelineBase):
         id2label: dict | None = None,
         calibration: dict | None = None,
         pag_scale: float = 0.0,
+        guide: ModelMixin | None = None,
+        autoguidance_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler, guider=guider)
+        self.register_modules(transformer=transformer, scheduler=scheduler, guider=guider, guide=guide)
         self.id2label = check_labels(id2label, transformer.config.num_classes)
         check_calibration(calibration)
-        check_pag_scale(pag_scale)
+        check_scale("pag_scale", pag_scale)
+        check_scale("autoguidance_scale", autoguidance_scale)
+        check_guide(guide, transformer)
         self.register_to_config(
             id2label={str(key): name for key, name in self.id2label.items()},
             calibration=calibration,
             pag_scale=pag_scale,
+            autoguidance_scale=autoguidance_scale,
         )
 
     @classmethod
@@ -172,7 +181,7 @@ class PetPipelineMixin(PipelineBase):
         """
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name in ("transformer", "scheduler", "guider"):
+        for name in ("transformer", "scheduler", "guider", "guide"):
             pair = config.get(name, [None, None])
             if not isinstance(pair, list) or [type(part) for part in pair] not in (
                 [str, str],
@@ -259,10 +268,20 @@ def check_number(name: str, value: Any) -> float:
     return float(value)
 
 
-def check_pag_scale(pag_scale: float) -> None:
-    """Raises `ValueError` if the strength of perturbed-attention guidance is out of range."""
-    if abs(check_number("pag_scale", pag_scale)) > MAX_PAG_SCALE:
-        raise ValueError(f"`pag_scale` must be in [-100, 100], but is {pag_scale}.")
+def check_scale(name: str, scale: float) -> None:
+    """Raises `ValueError` if the strength of a guidance is out of range."""
+    if abs(check_number(name, scale)) > MAX_SCALE:
+        raise ValueError(f"`{name}` must be in [-{MAX_SCALE:g}, {MAX_SCALE:g}], but is {scale}.")
+
+
+def check_guide(guide: ModelMixin | None, transformer: ModelMixin) -> None:
+    """Raises `ValueError` if a guide does not know the same classes and channels as the denoiser."""
+    for name in ("num_classes", "in_channels") if guide is not None else ():
+        own, needed = guide.config.get(name), transformer.config[name]
+        if own != needed:
+            raise ValueError(
+                f"`{name}` of the guide must be that of the transformer, {needed}, but is {own!r}."
+            )
 
 
 def check_calibration(calibration: dict | None) -> None:

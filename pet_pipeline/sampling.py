@@ -74,6 +74,8 @@ class SampleSettings:
         guidance_schedule (`str`, defaults to `"adaptive"`): one of [`GUIDANCE_SCHEDULES`].
         pag_scale (`float`, *optional*): strength of perturbed-attention guidance, in [-100, 100]; `None`
             means the strength that is saved with the model.
+        autoguidance_scale (`float`, *optional*): strength of autoguidance, in [-100, 100]; `None` means the
+            strength that is saved with the model.
         negative_class (`str`, *optional*): name of the class that guidance steers away from; `None` means the
             null class.
         scheduler (`str`, *optional*): one of [`SCHEDULERS`]; `None` means the scheduler that is saved with
@@ -112,6 +114,16 @@ class SampleSettings:
         help="strength of perturbed-attention guidance, which makes shapes clearer; 0 turns it off, and the "
         "strength that is saved with the model is the default",
         argument="pag_scale",
+        low=-100,
+        high=100,
+        slider=(0, 8, 0.1),
+    )
+    autoguidance_scale: float | None = _setting(
+        None,
+        label="Autoguidance",
+        help="strength of the guidance by the model's guide, which makes images clearer; 1 turns it off, and "
+        "the strength that is saved with the model is the default",
+        argument="autoguidance_scale",
         low=-100,
         high=100,
         slider=(0, 8, 0.1),
@@ -299,6 +311,12 @@ def image_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{str(path)!r} keeps no settings; images of `pet-pipeline generate` do.")
     return settings
+
+
+def model_digests(pipeline: "PetDiffusionPipeline") -> dict[str, str]:
+    """Returns what an image keeps about the weights that drew it: a [`weights_digest`] of each model."""
+    models = {"weights": pipeline.transformer, "guide_weights": pipeline.guide}
+    return {name: weights_digest(model) for name, model in models.items() if model is not None}
 
 
 def weights_digest(model: "nn.Module") -> str:

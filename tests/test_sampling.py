@@ -8,7 +8,7 @@ import torch
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, sampling
 from pet_pipeline.__main__ import build_parser
 from pet_pipeline.pipeline_pet_diffusion import GUIDANCE_SCHEDULES
-from pet_pipeline.pipeline_pet_loading import MAX_PAG_SCALE
+from pet_pipeline.pipeline_pet_loading import MAX_SCALE
 from pet_pipeline.sampling import (
     SCHEDULERS,
     SampleSettings,
@@ -27,7 +27,7 @@ def test_defaults_are_those_of_the_pipeline():
             assert getattr(settings, name) == call[option.argument].default
     assert sampling.GUIDANCE_SCHEDULES == GUIDANCE_SCHEDULES
     option = SampleSettings.options()["pag_scale"]
-    assert (option.low, option.high) == (-MAX_PAG_SCALE, MAX_PAG_SCALE)
+    assert (option.low, option.high) == (-MAX_SCALE, MAX_SCALE)
 
 
 def test_every_setting_is_an_option_of_the_command_line():

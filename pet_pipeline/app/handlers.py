@@ -28,6 +28,7 @@ from .tasks import (
     read_upload,
     sample,
     stream,
+    with_saved_scales,
 )
 
 
@@ -94,14 +95,16 @@ class Handlers:
                 f"The model has a guider, {type(pipeline.guider).__name__}, but the page has settings "
                 "of its own for the guidance. Save the model without the guider."
             )
-        slider = SampleSettings.options()["pag_scale"].slider
-        assert slider is not None
-        check_number("The saved `pag_scale`", pipeline.config.pag_scale, *slider[:2])
+        saved = with_saved_scales(pipeline, SampleSettings())
+        for name in ("pag_scale", "autoguidance_scale"):
+            slider = SampleSettings.options()[name].slider
+            assert slider is not None
+            check_number(f"The saved `{name}`", getattr(saved, name), *slider[:2])
         self.pipeline = pipeline
         self.reference = reference
         self.closed = closed
         self.names = pipeline.class_names
-        self.settings = SampleSettings(pag_scale=pipeline.config.pag_scale)
+        self.settings = saved
         self.model = model_settings(pipeline)
         self.classifier = PetClassificationPipeline.from_pipe(pipeline)
         self.classifier.set_progress_bar_config(disable=True)
@@ -116,7 +119,7 @@ class Handlers:
         scheduler = scheduler_by_name(settings.scheduler, self.pipeline.scheduler)
         sigmas, weights = guidance_weights(scheduler, settings)
         text = f"Strength of the guidance at each step, from {min(weights):.3g} to {max(weights):.3g}"
-        evaluations = num_evaluations(sigmas, weights, settings.pag_scale or 0.0)
+        evaluations = num_evaluations(sigmas, weights, settings)
         caption = f"{evaluations} evaluations of the model for each image"
         figures = figures_html({caption: image_tag(guidance_figure(sigmas, weights), text)})
         return f'<div class="pet-figures">{figures}</div>'

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..pipeline_pet_classification import ClassificationEvidence
 from ..pipeline_pet_diffusion import PetDiffusionPipeline
-from ..sampling import save_image, weights_digest
+from ..sampling import model_digests, save_image
 from ..visualization import array_image, error_figure, evidence_map
 from .tasks import Samples
 
@@ -56,7 +56,7 @@ def model_settings(pipeline: PetDiffusionPipeline) -> dict[str, str]:
     """Returns what the PNG of an image keeps about the model that drew the image."""
     return {
         "dtype": str(pipeline.dtype).removeprefix("torch."),
-        "weights": weights_digest(pipeline.transformer),
+        **model_digests(pipeline),
     }
 
 

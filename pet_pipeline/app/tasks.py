@@ -104,11 +104,24 @@ def guidance_weights(scheduler: Any, settings: SampleSettings) -> tuple[list[flo
     return sigmas, weights
 
 
-def num_evaluations(sigmas: list[float], weights: list[float], pag_scale: float) -> int:
-    """Returns how often the model is evaluated for one image: each guidance of a step adds one evaluation."""
+def with_saved_scales(pipeline: PetDiffusionPipeline, settings: SampleSettings) -> SampleSettings:
+    """Replaces the strengths that are `None` by those that are saved with the model."""
+    scales = {"pag_scale": pipeline.config.pag_scale, "autoguidance_scale": 1.0}
+    if pipeline.guide is not None:
+        scales["autoguidance_scale"] = pipeline.config.autoguidance_scale
+    return replace(settings, **{name: scales[name] for name in scales if getattr(settings, name) is None})
+
+
+def num_evaluations(sigmas: list[float], weights: list[float], settings: SampleSettings) -> int:
+    """Returns how often the denoiser is evaluated for one image.
+
+    Each guidance of a step adds one evaluation, but with autoguidance, the guide replaces the denoiser.
+    """
     low, high = GUIDANCE_INTERVAL
-    perturbed = sum(pag_scale != 0 and low <= sigma <= high for sigma in sigmas)
-    return len(weights) + sum(weight != 1 for weight in weights) + perturbed
+    perturbed = sum(bool(settings.pag_scale) and low <= sigma <= high for sigma in sigmas)
+    is_autoguided = settings.autoguidance_scale not in (None, 1)
+    guided = 0 if is_autoguided else sum(weight != 1 for weight in weights)
+    return len(weights) + guided + perturbed
 
 
 def check_request(pipeline: PetDiffusionPipeline, names: Any, number: Any, seed: Any) -> None:
@@ -144,15 +157,14 @@ def sample(
     """
     check_request(pipeline, names, number, seed)
     number, seed = int(number), int(seed)
-    if settings.pag_scale is None:
-        settings = replace(settings, pag_scale=pipeline.config.pag_scale)
+    settings = with_saved_scales(pipeline, settings)
     began = time.perf_counter()
     # Requests share the weights, but each needs its own scheduler, which keeps the state of a sampling.
     scheduler = scheduler_by_name(settings.scheduler, pipeline.scheduler)
     sigmas, weights = guidance_weights(scheduler, settings)
     # A class without a name is called by its id on the page.
     id2label = dict(enumerate(pipeline.class_names))
-    pipe = PetDiffusionPipeline(pipeline.transformer, scheduler, id2label=id2label)
+    pipe = PetDiffusionPipeline(pipeline.transformer, scheduler, guide=pipeline.guide, id2label=id2label)
     pipe.set_progress_bar_config(disable=True)
     config = pipe.transformer.config
     generators = [generator for _ in names for generator in image_generators(number, seed)]
@@ -181,7 +193,7 @@ def sample(
     return samples(
         images,
         seconds=time.perf_counter() - began,
-        evaluations=num_evaluations(sigmas, weights, settings.pag_scale or 0.0),
+        evaluations=num_evaluations(sigmas, weights, settings),
         strip=recorder.strip(pipe, range(0, len(images), number), names, scale=1),
     )
 

@@ -15,9 +15,9 @@ from ..sampling import (
     generate,
     image_settings,
     label_ids,
+    model_digests,
     save_image,
     seeds_by_class,
-    weights_digest,
 )
 from .loading import load_pipeline
 from .options import (
@@ -103,8 +103,8 @@ def options_of_image(path: Path) -> list[str]:
         ValueError: if the image keeps no settings, or a setting cannot be an option.
         OSError: if the file cannot be read.
     """
-    # Images of earlier versions do not know perturbed-attention guidance.
-    settings = {"pag_scale": 0.0, **image_settings(path)}
+    # Images of earlier versions do not know these kinds of guidance.
+    settings = {"pag_scale": 0.0, "autoguidance_scale": 1.0, **image_settings(path)}
     options = ["--num_samples=1"]
     for name in ("class", "seed", *SampleSettings.options(), "dtype"):
         value = settings.get(name)
@@ -127,11 +127,12 @@ def run(args: argparse.Namespace) -> None:
     names = args.classes or pipeline.class_names
     ids = label_ids(pipeline, names)
     call_arguments = settings.call_arguments(pipeline)
-    digest = weights_digest(pipeline.transformer)
+    digests = model_digests(pipeline)
     if args.like is not None:
         kept = image_settings(args.like)
         # The same weights in another precision have another digest.
-        if kept.get("dtype") == args.dtype and kept.get("weights") != digest:
+        is_other = any(kept.get(name, digest) != digest for name, digest in digests.items())
+        if kept.get("dtype") == args.dtype and is_other:
             print(
                 f"pet-pipeline: {args.like} was drawn by a model with other weights; --model names the model",
                 file=sys.stderr,
@@ -149,9 +150,11 @@ def run(args: argparse.Namespace) -> None:
             "class": names[row],
             "seed": number,
             **asdict(settings),
-            "pag_scale": pipeline.pag_scale,  # the strength that was used where none was given
+            # The strengths that were used where none was given.
+            "pag_scale": pipeline.pag_scale,
+            "autoguidance_scale": pipeline.autoguidance_scale,
             "dtype": args.dtype,
-            "weights": digest,
+            **digests,
         }
         save_image(image, out / f"{file_stem(names[row], label_id)}-{number}.png", kept)
         if len(rows[row]) < GRID_COLUMNS:

@@ -260,6 +260,7 @@ def evaluate(
             "seed": seed,
             **given,
             "pag_scale": getattr(pipeline, "pag_scale", 0.0),
+            "autoguidance_scale": getattr(pipeline, "autoguidance_scale", 1.0),
         },
         "evaluations_per_image": generated.evaluations,
         "images_per_second": 1 / generated.seconds,
