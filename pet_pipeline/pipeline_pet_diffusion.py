@@ -3,10 +3,11 @@ r"""PetDiffusionPipeline: class-conditional sampling with guidance that adapts t
 Classifier-free guidance is Ho and Salimans (2022). Kynkäänniemi et al. (2024), "Applying Guidance in a
 Limited Interval Improves Sample and Distribution Quality in Diffusion Models", show that guidance helps at
 middle noise levels only, and Wang et al. (2024), "Analysis of Classifier-Free Guidance Weight Schedulers",
-that its strength should grow as the noise falls. Perturbed-attention guidance is Ahn et al. (2024),
-"Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance": it steers away from what the denoiser
-predicts when some of its blocks do not see the image as a whole. Autoguidance is Karras et al. (2024), "Guiding
-a Diffusion Model with a Bad Version of Itself": it steers away from a smaller, less trained model, the `guide`.
+that its strength should grow as the noise falls. Autoguidance is Karras et al. (2024), "Guiding a Diffusion
+Model with a Bad Version of Itself": it steers away from what a smaller and less trained model predicts.
+Perturbed-attention guidance is Ahn et al. (2024), "Self-Rectifying Diffusion Sampling with
+Perturbed-Attention Guidance": it steers away from what the denoiser predicts when some of its blocks do not
+see the image as a whole.
 
 This file travels inside every saved checkpoint: it imports PyTorch, diffusers, the standard library and
 `pipeline_pet_loading`, which travels too.
@@ -280,7 +281,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
                 noise level σ: `"adaptive"`, `"constant"`, `"interval"`, or a function σ → w. See
                 [`guidance_weight`].
             guidance_interval (`tuple[float, float]`, defaults to `(0.05, 5.0)`): lowest and highest guided σ
-                of the schedule `"interval"` and of perturbed-attention guidance.
+                of the schedule `"interval"`, of perturbed-attention guidance and of autoguidance.
             pag_scale (`float`, *optional*): strength s of perturbed-attention guidance (PAG), in [-100, 100].
                 PAG adds s·(D_class - D_perturbed) inside `guidance_interval`, which costs one more evaluation
                 a step there. Shapes become clearer and surroundings plainer. 0 turns PAG off. `None` means
@@ -288,11 +289,11 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             pag_applied_layers (`list[int]`, *optional*): indices of the blocks that PAG perturbs. `None`
                 means the block at 3/10 of the depth.
             autoguidance_scale (`float`, *optional*): strength w of autoguidance, which replaces D_class by
-                D_guide + w·(D_class - D_guide), where D_guide is what the pipeline's `guide` predicts for the
-                same class. Images become clearer, and stay varied. The class difference D_class - D_null of
-                the other guidance is then that of the guide as well, so that the denoiser is evaluated once
-                a step. 1 turns autoguidance off. `None` means the value in the pipeline's config if the
-                pipeline has a guide, and otherwise 1.
+                D_guide + w·(D_class - D_guide) inside `guidance_interval`, where D_guide is what the
+                pipeline's `guide` predicts for the same class. The guide then also supplies the difference
+                D_class - D_null of classifier-free guidance, so that the denoiser is evaluated once a step.
+                1 turns autoguidance off. `None` means the value in the pipeline's config if the pipeline has
+                a guide, and otherwise 1.
             negative_class_labels (like `class_labels`, *optional*): classes to steer away from instead of the
                 null class: one, or one for each class label.
             num_images_per_prompt (`int`, defaults to 1): number of images for each class label.
@@ -407,9 +408,18 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             return self._guider_output(model_input, latents, timestep, labels, null_labels, sigma)
         weight = guidance_weight(sigma, self._guidance_scale, self._guidance_schedule, guidance_interval)
         low, high = guidance_interval
-        pag_weight = self._pag_scale if low <= sigma <= high else 0.0
+        is_inside = low <= sigma <= high
+        autoguidance_weight = self._autoguidance_scale if is_inside else 1.0
+        pag_weight = self._pag_scale if is_inside else 0.0
         return self._guided_output(
-            model_input, timestep, labels, null_labels, weight, pag_weight, pag_applied_layers
+            model_input,
+            timestep,
+            labels,
+            null_labels,
+            weight,
+            autoguidance_weight,
+            pag_weight,
+            pag_applied_layers,
         )
 
     def _model_output(
@@ -444,19 +454,21 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         labels: torch.Tensor,
         null_labels: torch.Tensor,
         weight: float,
+        autoguidance_weight: float,
         pag_weight: float,
         pag_applied_layers: list[int] | None,
     ) -> torch.Tensor:
         """Guides the network output F. D is affine in F, so that guidance of F equals guidance of D."""
         inputs = (model_input, timestep, labels)
         if self._autoguidance_scale != 1:
-            conditional = self._model_output(self.transformer, *inputs)
-            if weight == 1:
-                worse, difference = self._model_output(self.guide, *inputs), 0.0
-            else:
+            conditional = output = self._model_output(self.transformer, *inputs)
+            if weight != 1:
                 worse, unconditional = self._outputs_of_both(self.guide, *inputs, null_labels)
-                difference = worse - unconditional
-            output = worse + self._autoguidance_scale * (conditional - worse) + (weight - 1) * difference
+                output = output + (weight - 1) * (worse - unconditional)
+            elif autoguidance_weight != 1:
+                worse = self._model_output(self.guide, *inputs)
+            if autoguidance_weight != 1:
+                output = output + (autoguidance_weight - 1) * (conditional - worse)
         elif weight == 1:
             conditional = output = self._model_output(self.transformer, *inputs)
         else:
