@@ -2,8 +2,7 @@
 
     python tests/benchmarks/sweep_sampling.py guidance --dataset_name uoft-cs/cifar10
     python tests/benchmarks/sweep_sampling.py steps --dataset_name uoft-cs/cifar10 --model out
-    python tests/benchmarks/sweep_sampling.py guidance --dataset_name uoft-cs/cifar10 --guiding_model early \\
-        --only adaptive 1.5
+    python tests/benchmarks/sweep_sampling.py autoguidance --dataset_name uoft-cs/cifar10 --guide early/transformer
 
 Every setting draws the same seeds, and is compared with training images, so that the test split stays unseen.
 The column "recognised" is what EfficientNet-Lite0, trained on the photographs of ImageNet, makes of the cats
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
+from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, PetTransformer2DModel
 from pet_pipeline.evaluation.images import generate_images, load_classifier, measure_images
-from pet_pipeline.evaluation.metrics import EfficientNetLite0Features
+from pet_pipeline.evaluation.metrics import EfficientNetLite0Features, image_features
 from pet_pipeline.evaluation.reference import balanced_subset, load_reference
 
 
@@ -37,6 +35,18 @@ SWEEPS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
             for scale in (1.5, 2.5, 4.0)
         ),
         ({"guidance_scale": 1.5, "guidance_schedule": "original", "num_inference_steps": 18}, {}),
+    ],
+    # The settings before there was a guide, with perturbed attention and without it, and then those with a guide.
+    "autoguidance": [
+        *(
+            ({"guidance_scale": 2.5, "pag_scale": scale, "autoguidance_scale": 1.0}, {})
+            for scale in (0.5, 0.0)
+        ),
+        *(
+            ({"guidance_scale": scale, "autoguidance_scale": strength}, {})
+            for strength in (1.5, 2.0)
+            for scale in (2.5, 4.0)
+        ),
     ],
     "pag": [({"guidance_scale": 2.5, "pag_scale": pag_scale}, {}) for pag_scale in (0.0, 0.5, 1.0)],
     "steps": [
@@ -63,16 +73,15 @@ IMAGENET_BREEDS = {"cat": slice(281, 286), "dog": slice(151, 269)}  # ids of its
 
 
 @torch.no_grad()
-def recognised(images: torch.Tensor, labels: torch.Tensor, names: list[str], network: torch.nn.Module) -> str:
-    """Mean probability of the breeds of each class, for its uint8 images of shape `(N, 3, height, width)`."""
-    shares, device = [], next(network.parameters()).device
+def recognised(
+    features: torch.Tensor, labels: torch.Tensor, names: list[str], network: torch.nn.Module
+) -> str:
+    """Mean probability of the breeds of each class, for the features `(N, 1280)` of its images."""
+    shares = []
     for label, name in enumerate(names):
         if name in IMAGENET_BREEDS:
-            found = []
-            for batch in images[labels == label].split(50):
-                large = F.interpolate(batch.float().to(device), size=224, mode="bicubic").clamp(0, 255)
-                found.append(network((large - 127) / 128).softmax(1)[:, IMAGENET_BREEDS[name]].sum(1))
-            shares.append(f"{torch.cat(found).mean():.3f}")
+            probabilities = network._fc(features[labels == label].to(network._fc.weight.device)).softmax(1)
+            shares.append(f"{probabilities[:, IMAGENET_BREEDS[name]].sum(1).mean():.3f}")
     return ", ".join(shares)
 
 
@@ -95,28 +104,6 @@ def original_schedule(sigmas: list[float], guidance_scale: float) -> Callable[[f
     return weight
 
 
-class AutoguidedPipeline(PetDiffusionPipeline):
-    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from a worse model's prediction."""
-
-    guiding_transformer: torch.nn.Module
-
-    def _guided_output(
-        self,
-        model_input: torch.Tensor,
-        timestep: torch.Tensor,
-        labels: torch.Tensor,
-        null_labels: torch.Tensor,
-        weight: float,
-        *_: Any,
-    ) -> torch.Tensor:
-        good = self._model_output(model_input, timestep, labels)
-        if weight == 1:
-            return good
-        timesteps = timestep.float().expand(len(model_input))
-        bad = self.guiding_transformer(model_input, timesteps, labels, return_dict=False)[0]
-        return bad + weight * (good - bad)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -129,19 +116,24 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--device", default="cpu", help="of the pipeline and of the feature extractor")
     parser.add_argument("--torch_compile", action="store_true", help="compile the denoiser")
-    parser.add_argument("--guiding_model", help="pipeline of a worse model: autoguidance by it, in float32")
+    parser.add_argument(
+        "--guide", help="folder of a worse model that takes the place of the pipeline's guide"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
+    parser.add_argument("--autocast", action="store_true", help="evaluate the models in bfloat16")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only settings with all of these words")
     parser.add_argument("--out", type=Path, help="JSON file of the records, one a line")
     args = parser.parse_args()
 
     pipeline = PetDiffusionPipeline.from_pretrained(args.model).to(args.device)
-    if args.guiding_model is not None:
-        worse = PetDiffusionPipeline.from_pretrained(args.guiding_model).to(args.device)
-        pipeline = AutoguidedPipeline.from_pipe(pipeline)
-        pipeline.guiding_transformer = worse.transformer.float()
+    if args.guide is not None:
+        guide = PetTransformer2DModel.from_pretrained(args.guide).to(args.device)
+        pipeline = PetDiffusionPipeline.from_pipe(pipeline, guide=guide)
     pipeline.set_progress_bar_config(disable=True)
     if args.torch_compile:
         pipeline.transformer.compile()
+        if pipeline.guide is not None:
+            pipeline.guide.compile()
     names = pipeline.class_names
     resolution = pipeline.transformer.config.sample_size
     reference = load_reference(args.dataset_name, names, resolution, cache_dir=args.cache_dir)
@@ -154,7 +146,7 @@ def main() -> None:
     print("|---" * 9 + "|")
     network = extractor.network
     for settings, scheduler_settings in SWEEPS[args.sweep]:
-        settings = {"pag_scale": 0.0} | settings  # whatever is saved with the model
+        settings = {"pag_scale": 0.0, "autoguidance_scale": 1.0} | settings  # whatever the model keeps
         words = [str(value) for value in (settings | scheduler_settings).values()]
         if not set(args.only or []) <= set(words):
             continue
@@ -164,13 +156,17 @@ def main() -> None:
             pipeline.scheduler.set_timesteps(settings["num_inference_steps"])
             grid = pipeline.scheduler.sigmas[:-1].tolist()
             call["guidance_schedule"] = original_schedule(grid, settings["guidance_scale"])
-        generated = generate_images(pipeline, args.num_images, args.batch_size, **call)
-        measures = measure_images(generated.images, generated.labels, reference, extractor, classifier)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.autocast):
+            generated = generate_images(pipeline, args.num_images, args.batch_size, args.seed, **call)
+        features = image_features(generated.images, extractor, cache=True)
+        measures = measure_images(
+            generated.images, generated.labels, reference, extractor, classifier, cache=True
+        )
         print(
             f"| {', '.join(words)} | {measures['fd_efflite0']:.1f} | {1000 * measures['kid_efflite0']:.2f} "
             f"| {measures['precision']:.3f} "
             f"| {measures['recall']:.3f} | {measures.get('class_accuracy', math.nan):.3f} "
-            f"| {recognised(generated.images, generated.labels, names, network)} "
+            f"| {recognised(features, generated.labels, names, network)} "
             f"| {generated.evaluations:.1f} | {1 / generated.seconds:.2f} |",
             flush=True,
         )
@@ -178,7 +174,8 @@ def main() -> None:
             with args.out.open("a") as file:
                 file.write(json.dumps({**settings, **scheduler_settings, **measures}) + "\n")
     unseen = balanced_subset(reference.validation, args.num_images)
-    print(f"| unseen images | | | | | | {recognised(unseen.images, unseen.labels, names, network)} | | |")
+    features = image_features(unseen.images, extractor, cache=True)
+    print(f"| unseen images | | | | | | {recognised(features, unseen.labels, names, network)} | | |")
 
 
 if __name__ == "__main__":
