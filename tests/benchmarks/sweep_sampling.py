@@ -2,7 +2,7 @@
 
     python tests/benchmarks/sweep_sampling.py guidance --dataset_name uoft-cs/cifar10
     python tests/benchmarks/sweep_sampling.py steps --dataset_name uoft-cs/cifar10 --model out
-    python tests/benchmarks/sweep_sampling.py autoguidance --dataset_name uoft-cs/cifar10 --guide early/transformer
+    python tests/benchmarks/sweep_sampling.py autoguidance --dataset_name uoft-cs/cifar10 --guide folder
 
 Every setting draws the same seeds, and is compared with training images, so that the test split stays unseen.
 The column "recognised" is what EfficientNet-Lite0, trained on the photographs of ImageNet, makes of the cats
@@ -36,7 +36,7 @@ SWEEPS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ),
         ({"guidance_scale": 1.5, "guidance_schedule": "original", "num_inference_steps": 18}, {}),
     ],
-    # The settings before there was a guide, with perturbed attention and without it, and then those with a guide.
+    # Without the guide, with and without perturbed attention, and then with the guide.
     "autoguidance": [
         *(
             ({"guidance_scale": 2.5, "pag_scale": scale, "autoguidance_scale": 1.0}, {})
@@ -116,9 +116,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--device", default="cpu", help="of the pipeline and of the feature extractor")
     parser.add_argument("--torch_compile", action="store_true", help="compile the denoiser")
-    parser.add_argument(
-        "--guide", help="folder of a worse model that takes the place of the pipeline's guide"
-    )
+    parser.add_argument("--guide", help="folder of a model that takes the place of the guide")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
     parser.add_argument("--autocast", action="store_true", help="evaluate the models in bfloat16")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only settings with all of these words")
