@@ -22,6 +22,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -252,7 +253,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         class_labels: str | int | list | torch.Tensor | None = None,
         num_inference_steps: int = 18,
         sigmas: list[float] | torch.Tensor | None = None,
-        guidance_scale: float = 2.5,
+        guidance_scale: float | None = None,
         guidance_schedule: str | Callable[[float], float] = "adaptive",
         guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
         pag_scale: float | None = None,
@@ -275,8 +276,9 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             num_inference_steps (`int`, defaults to 18): number of denoising steps.
             sigmas (`list[float]` or `torch.Tensor`, *optional*): noise levels that replace the scheduler's,
                 strictly decreasing.
-            guidance_scale (`float`, defaults to 2.5): strength of the guidance. At 1 the named schedules do
-                not guide; at 0 `"constant"` samples from the null class.
+            guidance_scale (`float`, *optional*): strength of classifier-free guidance. At 1 the named
+                schedules do not guide; at 0 `"constant"` samples from the null class. `None` means the value
+                in the pipeline's config.
             guidance_schedule (`str` or callable, defaults to `"adaptive"`): how the strength varies with the
                 noise level σ: `"adaptive"`, `"constant"`, `"interval"`, or a function σ → w. See
                 [`guidance_weight`].
@@ -323,6 +325,8 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Inputs
+        if guidance_scale is None:
+            guidance_scale = self.config.guidance_scale
         if pag_scale is None:
             is_used = self.guider is None and self._can_be_perturbed()
             pag_scale = self.config.pag_scale if is_used else 0.0
@@ -424,7 +428,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
 
     def _model_output(
         self,
-        model: torch.nn.Module,
+        model: ModelMixin,
         model_input: torch.Tensor,
         timestep: torch.Tensor,
         labels: torch.Tensor,
@@ -437,7 +441,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
 
     def _outputs_of_both(
         self,
-        model: torch.nn.Module,
+        model: ModelMixin,
         model_input: torch.Tensor,
         timestep: torch.Tensor,
         labels: torch.Tensor,

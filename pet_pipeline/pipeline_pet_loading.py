@@ -58,10 +58,10 @@ class PetPipelineMixin(PipelineBase):
         id2label (`dict`, *optional*): class names by id, for example `{0: "cat", 1: "dog"}`.
         calibration (`dict`, *optional*): the weight of each band of noise levels in the classification,
             `{"weights": [...]}`. `pet-pipeline calibrate` measures it.
-        pag_scale (`float`, defaults to 0.0): strength of perturbed-attention guidance if a call of
-            [`PetDiffusionPipeline`] does not give one; at most 100 in absolute value.
-        autoguidance_scale (`float`, defaults to 1.0): strength of autoguidance if the pipeline has a guide
-            and a call does not give one; at most 100 in absolute value.
+        pag_scale (`float`, defaults to 0.0), autoguidance_scale (`float`, defaults to 1.0), guidance_scale
+            (`float`, defaults to 2.5): strengths of perturbed-attention guidance, of autoguidance and of
+            classifier-free guidance if a call of [`PetDiffusionPipeline`] does not give them; at most 100 in
+            absolute value.
 
     Raises:
         ValueError: if an argument is out of range; the message names it.
@@ -80,19 +80,24 @@ class PetPipelineMixin(PipelineBase):
         pag_scale: float = 0.0,
         guide: ModelMixin | None = None,
         autoguidance_scale: float = 1.0,
+        guidance_scale: float = 2.5,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, guider=guider, guide=guide)
         self.id2label = check_labels(id2label, transformer.config.num_classes)
         check_calibration(calibration)
-        check_scale("pag_scale", pag_scale)
-        check_scale("autoguidance_scale", autoguidance_scale)
+        scales = {
+            "guidance_scale": guidance_scale,
+            "pag_scale": pag_scale,
+            "autoguidance_scale": autoguidance_scale,
+        }
+        for name, scale in scales.items():
+            check_scale(name, scale)
         check_guide(guide, transformer)
         self.register_to_config(
             id2label={str(key): name for key, name in self.id2label.items()},
             calibration=calibration,
-            pag_scale=pag_scale,
-            autoguidance_scale=autoguidance_scale,
+            **scales,
         )
 
     @classmethod
@@ -276,7 +281,9 @@ def check_scale(name: str, scale: float) -> None:
 
 def check_guide(guide: ModelMixin | None, transformer: ModelMixin) -> None:
     """Raises `ValueError` if a guide does not know the same classes and channels as the denoiser."""
-    for name in ("num_classes", "in_channels") if guide is not None else ():
+    if guide is None:
+        return
+    for name in ("num_classes", "in_channels"):
         own, needed = guide.config.get(name), transformer.config[name]
         if own != needed:
             raise ValueError(

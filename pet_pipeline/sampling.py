@@ -70,7 +70,8 @@ class SampleSettings:
 
     Args:
         steps (`int`, defaults to 18): denoising steps, from 1 to 1000.
-        guidance_scale (`float`, defaults to 2.5): strength of classifier-free guidance.
+        guidance_scale (`float`, *optional*): strength of classifier-free guidance; `None` means the strength
+            that is saved with the model.
         guidance_schedule (`str`, defaults to `"adaptive"`): one of [`GUIDANCE_SCHEDULES`].
         pag_scale (`float`, *optional*): strength of perturbed-attention guidance, in [-100, 100]; `None`
             means the strength that is saved with the model.
@@ -94,10 +95,11 @@ class SampleSettings:
         high=1000,
         slider=(1, 100, 1),
     )
-    guidance_scale: float = _setting(
-        2.5,
+    guidance_scale: float | None = _setting(
+        None,
         label="Guidance scale",
-        help="strength of classifier-free guidance, which makes the class clearer; 1 turns it off",
+        help="strength of classifier-free guidance, which makes the class clearer; 1 turns it off, and the "
+        "strength that is saved with the model is the default",
         argument="guidance_scale",
         slider=(0, 8, 0.1),
     )

@@ -115,16 +115,16 @@ def test_what_is_out_of_bounds_is_refused(pipeline, request_, message):
 
 
 def test_values_of_inputs_become_settings_or_are_refused():
-    good = [7, 2.5, "adaptive", 0.5, "no class", "as saved"]
+    good = [7, 2.5, "adaptive", 0.5, 1.5, "no class", "as saved"]
     names = ["cat", "dog"]
     settings = handlers.settings_from_inputs(good, names)
-    assert settings == SampleSettings(7, pag_scale=0.5)
-    assert handlers.settings_from_inputs([7.0, *good[1:4], "dog", "heun"], names) == SampleSettings(
-        7, pag_scale=0.5, negative_class="dog", scheduler="heun"
+    assert settings == SampleSettings(7, 2.5, pag_scale=0.5, autoguidance_scale=1.5)
+    assert handlers.settings_from_inputs([7.0, *good[1:5], "dog", "heun"], names) == SampleSettings(
+        7, 2.5, pag_scale=0.5, autoguidance_scale=1.5, negative_class="dog", scheduler="heun"
     )
     numbers = (None, "7", [7], math.nan, math.inf, -1, 101, 10**400)
     texts = (None, 1, "x", ["adaptive"], {}, "bird")
-    for index, wrong in enumerate([numbers, numbers, texts, numbers, texts, texts]):
+    for index, wrong in enumerate([numbers, numbers, texts, numbers, numbers, texts, texts]):
         for value in wrong:
             with pytest.raises(ValueError, match="must be from|has no choice"):
                 handlers.settings_from_inputs([*good[:index], value, *good[index + 1 :]], names)
@@ -168,7 +168,7 @@ def test_who_cancels_does_not_wait_for_the_work():
 def test_a_page_that_is_not_served_any_more_stops_its_work(pipeline):
     evaluations = []
     pipeline.transformer.register_forward_hook(lambda module, args, output: evaluations.append(None))
-    values = [["cat"], 1, 0, False, 100, 1.0, "constant", 0.0, "no class", "as saved"]
+    values = [["cat"], 1, 0, False, 100, 1.0, "constant", 0.0, 1.0, "no class", "as saved"]
     with serve(pipeline) as url:
         pipeline.transformer.register_forward_hook(lambda module, args, output: time.sleep(0.05))
         evaluations.clear()

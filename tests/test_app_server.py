@@ -161,7 +161,7 @@ def test_a_forged_session_is_refused_and_harms_nobody(pipeline, capfd, session):
 
 
 def test_a_cancel_in_the_first_step_ends_the_work(pipeline):
-    values = [["cat"], 1, 0, False, 100, 1.0, "constant", 0.0, "no class", "as saved"]
+    values = [["cat"], 1, 0, False, 100, 1.0, "constant", 0.0, 1.0, "no class", "as saved"]
     evaluations = []
     with serve(pipeline) as url:
         pipeline.transformer.register_forward_hook(lambda *args: (evaluations.append(None), time.sleep(1)))
@@ -197,7 +197,7 @@ def test_the_model_serves_one_request_at_a_time(pipeline):
         nonlocal running
         running -= 1
 
-    settings = [4, 1.0, "constant", 0.0, "no class", "as saved"]
+    settings = [4, 1.0, "constant", 0.0, 1.0, "no class", "as saved"]
     with serve(pipeline) as url:
         pipeline.transformer.register_forward_pre_hook(enter)
         pipeline.transformer.register_forward_hook(leave)

@@ -63,13 +63,14 @@ def test_settings_become_the_arguments_of_a_call(pipeline):
     settings = SampleSettings(steps=3, pag_scale=0.5, negative_class="dog", scheduler="heun")
     assert settings.call_arguments(pipeline) == {
         "num_inference_steps": 3,
-        "guidance_scale": 2.5,
+        "guidance_scale": None,
         "guidance_schedule": "adaptive",
         "pag_scale": 0.5,
+        "autoguidance_scale": None,
         "negative_class_labels": [1],
     }
     assert SampleSettings().call_arguments(pipeline)["negative_class_labels"] is None
-    assert str(settings).startswith("steps 3, guidance scale 2.5, guidance schedule adaptive")
+    assert str(settings).startswith("steps 3, guidance schedule adaptive, perturbed attention 0.5")
 
 
 def test_images_are_drawn_when_they_are_wanted_and_depend_on_their_seeds_alone(pipeline):

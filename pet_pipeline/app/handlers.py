@@ -96,7 +96,7 @@ class Handlers:
                 "of its own for the guidance. Save the model without the guider."
             )
         saved = with_saved_scales(pipeline, SampleSettings())
-        for name in ("pag_scale", "autoguidance_scale"):
+        for name in ("guidance_scale", "pag_scale", "autoguidance_scale"):
             slider = SampleSettings.options()[name].slider
             assert slider is not None
             check_number(f"The saved `{name}`", getattr(saved, name), *slider[:2])
@@ -116,6 +116,7 @@ class Handlers:
 
     def plot_guidance(self, settings: SampleSettings) -> str:
         """Returns the plot of the guidance weight at each step."""
+        settings = with_saved_scales(self.pipeline, settings)
         scheduler = scheduler_by_name(settings.scheduler, self.pipeline.scheduler)
         sigmas, weights = guidance_weights(scheduler, settings)
         text = f"Strength of the guidance at each step, from {min(weights):.3g} to {max(weights):.3g}"

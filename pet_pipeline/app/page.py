@@ -54,16 +54,20 @@ def checked_later(component: gr.components.Component) -> gr.components.Component
     return component
 
 
-def settings_inputs(names: list[str], settings: SampleSettings) -> list[gr.components.Component]:
+def settings_inputs(handlers: Handlers, settings: SampleSettings) -> list[gr.components.Component]:
     """Creates an input for every option of [`SampleSettings`]; `settings` gives the values at the start."""
     components = []
     for name, option in SampleSettings.options().items():
         value, text = getattr(settings, name), {"label": option.label, "info": option.help}
+        text["visible"] = name != "autoguidance_scale" or handlers.pipeline.guide is not None
         if option.slider is not None:
             low, high, step = option.slider
             component = gr.Slider(low, high, value, step=step, **text)
         else:
-            choices = [*([option.none_label] if option.none_label else []), *(option.choices or names)]
+            choices = [
+                *([option.none_label] if option.none_label else []),
+                *(option.choices or handlers.names),
+            ]
             component = gr.Dropdown(choices, value=option.none_label if value is None else value, **text)
         components.append(checked_later(component))
     return components
@@ -90,7 +94,7 @@ def add_generate_tab(handlers: Handlers) -> None:
     with gr.Tab("Generate"), gr.Row():
         with gr.Column(scale=2, min_width=300):
             request = request_inputs(handlers.names)
-            settings = settings_inputs(handlers.names, handlers.settings)
+            settings = settings_inputs(handlers, handlers.settings)
             curve = gr.HTML(handlers.guidance_html(handlers.settings), label="Guidance")
             with gr.Row():
                 start, cancel = gr.Button("Generate", variant="primary"), gr.Button("Cancel")
@@ -119,10 +123,10 @@ def add_compare_tab(handlers: Handlers) -> None:
                 request = request_inputs(handlers.names)
             with gr.Column(min_width=250):
                 gr.Markdown("### A")
-                first = settings_inputs(handlers.names, replace(handlers.settings, guidance_scale=1.0))
+                first = settings_inputs(handlers, replace(handlers.settings, guidance_scale=1.0))
             with gr.Column(min_width=250):
                 gr.Markdown("### B")
-                second = settings_inputs(handlers.names, replace(handlers.settings, guidance_scale=3.0))
+                second = settings_inputs(handlers, replace(handlers.settings, guidance_scale=3.0))
         with gr.Row():
             two = gr.Button("Compare A and B", variant="primary")
             steps = gr.Button("Compare 5, 10, 20 and 40 steps of A")

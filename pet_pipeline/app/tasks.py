@@ -94,7 +94,8 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
 
 
 def guidance_weights(scheduler: Any, settings: SampleSettings) -> tuple[list[float], list[float]]:
-    """Returns the noise level σ and the guidance weight of each step of a sampling."""
+    """Returns the noise level σ and the guidance weight of each step; see [`with_saved_scales`]."""
+    assert settings.guidance_scale is not None
     scheduler.set_timesteps(settings.steps)
     num_steps = len(scheduler.timesteps)
     sigmas = scheduler.sigmas[:num_steps].tolist()
@@ -106,9 +107,12 @@ def guidance_weights(scheduler: Any, settings: SampleSettings) -> tuple[list[flo
 
 def with_saved_scales(pipeline: PetDiffusionPipeline, settings: SampleSettings) -> SampleSettings:
     """Replaces the strengths that are `None` by those that are saved with the model."""
-    scales = {"pag_scale": pipeline.config.pag_scale, "autoguidance_scale": 1.0}
-    if pipeline.guide is not None:
-        scales["autoguidance_scale"] = pipeline.config.autoguidance_scale
+    config = pipeline.config
+    scales = {
+        "guidance_scale": config.guidance_scale,
+        "pag_scale": config.pag_scale,
+        "autoguidance_scale": 1.0 if pipeline.guide is None else config.autoguidance_scale,
+    }
     return replace(settings, **{name: scales[name] for name in scales if getattr(settings, name) is None})
 
 

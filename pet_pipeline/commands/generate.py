@@ -151,6 +151,7 @@ def run(args: argparse.Namespace) -> None:
             "seed": number,
             **asdict(settings),
             # The strengths that were used where none was given.
+            "guidance_scale": pipeline.guidance_scale,
             "pag_scale": pipeline.pag_scale,
             "autoguidance_scale": pipeline.autoguidance_scale,
             "dtype": args.dtype,

@@ -24,7 +24,7 @@ def image_bytes(image: Image.Image, format: str) -> bytes:
     return buffer.getvalue()
 
 
-SETTINGS = [2.5, "adaptive", 0.0, "no class", "as saved"]
+SETTINGS = [2.5, "adaptive", 0.0, 1.0, "no class", "as saved"]
 HEAVY = [["cat"], 1, 0, False, 100, *SETTINGS]
 
 
