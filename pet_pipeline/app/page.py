@@ -58,17 +58,16 @@ def settings_inputs(handlers: Handlers, settings: SampleSettings) -> list[gr.com
     """Creates an input for every option of [`SampleSettings`]; `settings` gives the values at the start."""
     components = []
     for name, option in SampleSettings.options().items():
-        value, text = getattr(settings, name), {"label": option.label, "info": option.help}
-        text["visible"] = name != "autoguidance_scale" or handlers.pipeline.guide is not None
+        value = getattr(settings, name)
+        is_possible = name != "autoguidance_scale" or handlers.pipeline.guide is not None
+        common: dict[str, Any] = {"label": option.label, "info": option.help, "visible": is_possible}
         if option.slider is not None:
             low, high, step = option.slider
-            component = gr.Slider(low, high, value, step=step, **text)
+            component = gr.Slider(low, high, value, step=step, **common)
         else:
-            choices = [
-                *([option.none_label] if option.none_label else []),
-                *(option.choices or handlers.names),
-            ]
-            component = gr.Dropdown(choices, value=option.none_label if value is None else value, **text)
+            choices = [option.none_label] if option.none_label else []
+            choices += option.choices or handlers.names
+            component = gr.Dropdown(choices, value=option.none_label if value is None else value, **common)
         components.append(checked_later(component))
     return components
 
