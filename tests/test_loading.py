@@ -196,6 +196,8 @@ def test_pickled_weights_are_refused_and_not_opened(saved, tmp_path, pipeline_cl
         ),
         ("id2label", {"1": "0"}, "two classes are '0'"),
         ("pag_scale", "much", "`pag_scale` must be a finite number"),
+        ("guide", 5, "`guide` in model_index.json must be a library and a class"),
+        ("guide", ["diffusers", "DDIMScheduler"], "`guide` must be an available subclass of ModelMixin"),
     ],
 )
 def test_an_index_is_checked(saved, entry, value, message):

@@ -16,7 +16,7 @@ from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDif
 from pet_pipeline.__main__ import build_parser, main
 from pet_pipeline.evaluation.metrics import FEATURE_EXTRACTORS
 from pet_pipeline.pipeline_pet_classification import WEIGHTINGS
-from pet_pipeline.sampling import MAX_SEED, image_settings
+from pet_pipeline.sampling import MAX_SEED, image_settings, save_image
 
 
 @pytest.fixture
@@ -308,10 +308,44 @@ def test_the_package_ships_all_its_files():
     assert data and {root / "pet_pipeline" / path for path in data} <= shipped
 
 
-def test_an_image_keeps_the_perturbed_attention_guidance_of_its_model(pipeline, tmp_path):
-    pipeline.register_to_config(pag_scale=0.75)
-    pipeline.save_pretrained(tmp_path / "model")
-    words = ["generate", "--model", str(tmp_path / "model"), "--num_samples", "1", "--steps", "2"]
-    for options, expected in (([], 0.75), (["--pag_scale", "0"], 0.0)):
+def test_an_image_keeps_the_strengths_of_guidance_that_its_model_has(pipeline, tmp_path):
+    def generate(*options):
+        words = ["generate", "--model", str(tmp_path / "model"), "--num_samples", "1", "--steps", "2"]
         assert main([*words, *options, "--class", "cat", "--out", str(tmp_path / "out")]) == 0
-        assert image_settings(tmp_path / "out" / "cat-0.png")["pag_scale"] == expected
+        return image_settings(tmp_path / "out" / "cat-0.png")
+
+    saved = {"guidance_scale": 1.5, "pag_scale": 0.75, "autoguidance_scale": 2.0}
+    PetDiffusionPipeline.from_pipe(pipeline, guide=random_model(1), **saved).save_pretrained(
+        tmp_path / "model"
+    )
+    kept = generate()
+    assert {name: kept[name] for name in saved} == saved
+    for name in saved:
+        changed = generate(f"--{name}", "1.25")
+        assert {name: changed[name] for name in saved} == {**saved, name: 1.25}
+
+
+def test_an_image_of_an_earlier_version_is_repeated_and_another_guide_is_noticed(pipeline, tmp_path, capsys):
+    def generate(*options):
+        words = ["generate", "--model", str(tmp_path / "model"), "--num_samples", "1", "--steps", "2"]
+        assert main([*words, *options, "--out", str(tmp_path / "out")]) == 0
+        with Image.open(tmp_path / "out" / "cat-0.png") as image:
+            return Image.frombytes("RGB", image.size, image.tobytes())  # without the settings
+
+    pipeline.save_pretrained(tmp_path / "model")
+    early = generate("--class", "cat")
+    kept = image_settings(tmp_path / "out" / "cat-0.png")
+    later = {"pag_scale": 0.5, "autoguidance_scale": 3.0}
+    PetDiffusionPipeline.from_pipe(pipeline, guide=random_model(1), **later).save_pretrained(
+        tmp_path / "model"
+    )
+    assert generate("--class", "cat") != early
+    for name in ("pag_scale", "autoguidance_scale"):
+        del kept[name]
+    save_image(early, tmp_path / "early.png", kept)
+    assert generate("--like", str(tmp_path / "early.png")) == early
+    assert "other weights" not in capsys.readouterr().err
+    (tmp_path / "out" / "cat-0.png").rename(tmp_path / "late.png")
+    random_model(2).save_pretrained(tmp_path / "model" / "guide")
+    generate("--like", str(tmp_path / "late.png"))
+    assert "late.png was drawn by a model with other weights" in capsys.readouterr().err

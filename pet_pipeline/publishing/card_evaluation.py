@@ -21,6 +21,7 @@ SETTING_PHRASES = {
     "guidance_scale": "guidance {}",
     "guidance_schedule": "schedule `{}`",
     "pag_scale": "perturbed attention {}",
+    "autoguidance_scale": "autoguidance {}",
     "scheduler": "scheduler `{}`",
 }
 
