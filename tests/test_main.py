@@ -327,7 +327,7 @@ def test_an_image_keeps_the_strengths_of_guidance_that_its_model_has(pipeline, t
 
 def test_an_image_of_an_earlier_version_is_repeated_and_another_guide_is_noticed(pipeline, tmp_path, capsys):
     def generate(*options):
-        words = ["generate", "--model", str(tmp_path / "model"), "--num_samples", "1", "--steps", "2"]
+        words = ["generate", "--model", str(tmp_path / "model"), "--num_samples", "1", "--steps", "6"]
         assert main([*words, *options, "--out", str(tmp_path / "out")]) == 0
         with Image.open(tmp_path / "out" / "cat-0.png") as image:
             return Image.frombytes("RGB", image.size, image.tobytes())  # without the settings
