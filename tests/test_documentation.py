@@ -11,7 +11,7 @@ import httpx
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import TINY
+from conftest import TINY, random_model
 from support.features import Pixels
 
 import train_pet
@@ -27,7 +27,13 @@ ROOT = Path(__file__).parent.parent
 # Each document, and files that its snippets make.
 DOCUMENTS = {
     "README.md": ["samples/grid.png", "cat.png", "why.png", "out/README.md"],
-    "docs/sampling.md": ["again/dog-3.png", "stronger/strip.png", "stronger/steps.png", "why.png"],
+    "docs/sampling.md": [
+        "again/dog-3.png",
+        "stronger/strip.png",
+        "stronger/steps.png",
+        "guided/guide/config.json",
+        "why.png",
+    ],
     "docs/training.md": ["out/metrics.jsonl", "traffic/evaluation.json", "mine/model_index.json"],
     "docs/evaluation.md": ["evaluation/evaluation.json", "evaluation/reliability.png"],
     "docs/hub.md": ["pets/model_index.json"],
@@ -47,7 +53,8 @@ def commands(code: str) -> list[list[str]]:
 def workspace(pipeline, image_folder, tmp_path, monkeypatch):
     """A working folder in which `out`, `user/pets` and the bundled model are tiny pipelines."""
     monkeypatch.chdir(tmp_path)
-    pipeline.save_pretrained("saved")
+    guided = PetDiffusionPipeline.from_pipe(pipeline, guide=random_model(1), autoguidance_scale=1.5)
+    guided.save_pretrained("saved")
     for split in ("train", "test"):
         for name, source in {
             "cat": "cat",
@@ -60,7 +67,7 @@ def workspace(pipeline, image_folder, tmp_path, monkeypatch):
     from_pretrained = PetDiffusionPipeline.from_pretrained.__func__
 
     def load(cls, path=None, **kwargs):
-        known = {None: "saved", "user/pets": "saved"}
+        known = {None: "saved", "user/pets": "saved", "user/small-pets": "saved"}
         path = "saved" if path == "out" and not Path("out").exists() else known.get(path, path)
         pipe = from_pretrained(cls, path, **kwargs)
         pipe.set_progress_bar_config(disable=True)
