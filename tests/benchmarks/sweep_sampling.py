@@ -43,9 +43,22 @@ SWEEPS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
             for scale in (0.5, 0.0)
         ),
         *(
-            ({"guidance_scale": scale, "autoguidance_scale": strength}, {})
-            for strength in (1.5, 2.0)
-            for scale in (2.5, 4.0)
+            (
+                {"guidance_scale": scale, "autoguidance_scale": strength, "guidance_interval": interval},
+                {},
+            )
+            for scale, strength, interval in (
+                (1.0, 2.0, (0.0, 100.0)),
+                (1.0, 2.0, (0.5, 5.0)),
+                (2.5, 1.5, (0.05, 5.0)),
+                (2.5, 1.75, (0.05, 5.0)),
+                (4.0, 1.75, (0.05, 5.0)),
+                (4.5, 1.75, (0.05, 5.0)),
+                (5.0, 1.75, (0.05, 5.0)),
+                (4.0, 2.0, (0.05, 5.0)),
+                (4.0, 2.0, (0.3, 5.0)),
+                (5.0, 2.0, (0.15, 5.0)),
+            )
         ),
     ],
     "pag": [({"guidance_scale": 2.5, "pag_scale": pag_scale}, {}) for pag_scale in (0.0, 0.5, 1.0)],
