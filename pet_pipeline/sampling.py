@@ -128,7 +128,7 @@ class SampleSettings:
         argument="autoguidance_scale",
         low=-100,
         high=100,
-        slider=(0, 8, 0.1),
+        slider=(0, 4, 0.05),
     )
     negative_class: str | None = _setting(
         None,
