@@ -413,18 +413,28 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         weight = guidance_weight(sigma, self._guidance_scale, self._guidance_schedule, guidance_interval)
         low, high = guidance_interval
         is_inside = low <= sigma <= high
-        autoguidance_weight = self._autoguidance_scale if is_inside else 1.0
-        pag_weight = self._pag_scale if is_inside else 0.0
-        return self._guided_output(
-            model_input,
-            timestep,
-            labels,
-            null_labels,
-            weight,
-            autoguidance_weight,
-            pag_weight,
-            pag_applied_layers,
-        )
+        # D is affine in F, so that guidance of F equals guidance of D.
+        inputs = (model_input, timestep, labels)
+        if self._autoguidance_scale != 1:
+            conditional = output = self._model_output(self.transformer, *inputs)
+            if weight != 1:
+                worse, unconditional = self._outputs_of_both(self.guide, *inputs, null_labels)
+                output = output + (weight - 1) * (worse - unconditional)
+            elif is_inside:
+                worse = self._model_output(self.guide, *inputs)
+            if is_inside:
+                output = output + (self._autoguidance_scale - 1) * (conditional - worse)
+        elif weight == 1:
+            conditional = output = self._model_output(self.transformer, *inputs)
+        else:
+            conditional, unconditional = self._outputs_of_both(self.transformer, *inputs, null_labels)
+            output = unconditional + weight * (conditional - unconditional)
+        if self._pag_scale == 0 or not is_inside:
+            return output
+        if pag_applied_layers is None:
+            pag_applied_layers = [3 * self.transformer.config.num_layers // 10]
+        perturbed = self._model_output(self.transformer, *inputs, perturbed_layers=pag_applied_layers)
+        return output + self._pag_scale * (conditional - perturbed)
 
     def _model_output(
         self,
@@ -450,40 +460,6 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         """Returns the outputs of a network for the classes and for the null class, in one evaluation."""
         both = [torch.cat([model_input] * 2), timestep, torch.cat([labels, null_labels])]
         return self._model_output(model, *both).chunk(2)
-
-    def _guided_output(
-        self,
-        model_input: torch.Tensor,
-        timestep: torch.Tensor,
-        labels: torch.Tensor,
-        null_labels: torch.Tensor,
-        weight: float,
-        autoguidance_weight: float,
-        pag_weight: float,
-        pag_applied_layers: list[int] | None,
-    ) -> torch.Tensor:
-        """Guides the network output F. D is affine in F, so that guidance of F equals guidance of D."""
-        inputs = (model_input, timestep, labels)
-        if self._autoguidance_scale != 1:
-            conditional = output = self._model_output(self.transformer, *inputs)
-            if weight != 1:
-                worse, unconditional = self._outputs_of_both(self.guide, *inputs, null_labels)
-                output = output + (weight - 1) * (worse - unconditional)
-            elif autoguidance_weight != 1:
-                worse = self._model_output(self.guide, *inputs)
-            if autoguidance_weight != 1:
-                output = output + (autoguidance_weight - 1) * (conditional - worse)
-        elif weight == 1:
-            conditional = output = self._model_output(self.transformer, *inputs)
-        else:
-            conditional, unconditional = self._outputs_of_both(self.transformer, *inputs, null_labels)
-            output = unconditional + weight * (conditional - unconditional)
-        if pag_weight == 0:
-            return output
-        if pag_applied_layers is None:
-            pag_applied_layers = [3 * self.transformer.config.num_layers // 10]
-        perturbed = self._model_output(self.transformer, *inputs, perturbed_layers=pag_applied_layers)
-        return output + pag_weight * (conditional - perturbed)
 
     def _guider_output(
         self,
