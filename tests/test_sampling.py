@@ -26,8 +26,9 @@ def test_defaults_are_those_of_the_pipeline():
         if option.argument is not None:
             assert getattr(settings, name) == call[option.argument].default
     assert sampling.GUIDANCE_SCHEDULES == GUIDANCE_SCHEDULES
-    option = SampleSettings.options()["pag_scale"]
-    assert (option.low, option.high) == (-MAX_SCALE, MAX_SCALE)
+    for name in ("pag_scale", "autoguidance_scale"):
+        option = SampleSettings.options()[name]
+        assert (option.low, option.high) == (-MAX_SCALE, MAX_SCALE)
 
 
 def test_every_setting_is_an_option_of_the_command_line():

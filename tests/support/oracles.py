@@ -5,6 +5,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
+from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
+
 
 class OracleModel(ModelMixin, ConfigMixin):
     """Turns a posterior mean D(x; σ, c) into the EDM network output F; counts calls and images."""
@@ -68,3 +70,13 @@ class GaussianDenoiser(OracleModel):
         """The exact solution of the probability-flow ODE from one noise level to another."""
         mean, std = self.mean(class_labels), self.config.std
         return mean + ((std**2 + sigma_to**2) / (std**2 + sigma_from**2)) ** 0.5 * (x - mean)
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def oracle_pipeline(model, **kwargs):
+    pipe = PetDiffusionPipeline(model, AdaptiveEDMScheduler(**kwargs), id2label={0: "cat", 1: "dog"})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
