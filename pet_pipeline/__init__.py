@@ -9,6 +9,7 @@ __version__ = "0.2.0.dev0"
 # Public names by module, imported on first use: `import pet_pipeline` alone does not load PyTorch.
 _MODULES = {
     "PetTransformer2DModel": "transformer_pet",
+    "PetLinearProbe": "probe_pet",
     "AdaptiveEDMScheduler": "scheduling_adaptive_edm",
     "BalancedAdaptiveLoss": "training.losses",
     "PetDiffusionPipeline": "pipeline_pet_diffusion",
@@ -20,6 +21,7 @@ __all__ = [
     "BalancedAdaptiveLoss",
     "PetClassificationPipeline",
     "PetDiffusionPipeline",
+    "PetLinearProbe",
     "PetTransformer2DModel",
     "guidance_weight",
 ]
@@ -27,6 +29,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .pipeline_pet_classification import PetClassificationPipeline
     from .pipeline_pet_diffusion import PetDiffusionPipeline, guidance_weight
+    from .probe_pet import PetLinearProbe
     from .scheduling_adaptive_edm import AdaptiveEDMScheduler
     from .training.losses import BalancedAdaptiveLoss
     from .transformer_pet import PetTransformer2DModel

@@ -20,6 +20,7 @@ from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .probe_pet import PetLinearProbe
 from .scheduling_adaptive_edm import RANGES, AdaptiveEDMScheduler
 from .transformer_pet import PetTransformer2DModel, check_config
 
@@ -27,6 +28,7 @@ from .transformer_pet import PetTransformer2DModel, check_config
 BASE_CLASSES = {
     "transformer": ModelMixin,
     "guide": ModelMixin,
+    "probe": PetLinearProbe,
     "scheduler": SchedulerMixin,
     "guider": BaseGuidance,
 }
@@ -77,7 +79,7 @@ def check_components(index: Mapping[str, Any], folder: Path) -> None:
         config = {**defaults, **config}
         if issubclass(component_class, PetTransformer2DModel):
             check_memory(config)
-        elif issubclass(component_class, ModelMixin):
+        elif issubclass(component_class, ModelMixin) and name != "probe":
             check_other_model(name, component_class, config)
         elif issubclass(component_class, SchedulerMixin):
             check_scheduler(component_class, config)

@@ -3,6 +3,7 @@ r"""PetClassificationPipeline: finds the class of an image with the denoiser tha
 A diffusion classifier (Li et al. 2023, "Your Diffusion Model is Secretly a Zero-Shot Classifier") takes the
 class that helps the denoiser most to remove noise from an image. All classes are tried on the same noise,
 which is drawn in pairs ±ε at stratified noise levels, and an image is decided once its classes are apart.
+With a probe, features of the denoiser say the class too, for a few evaluations (Xiang et al. 2023).
 
 This file travels inside every saved checkpoint: it imports PyTorch, diffusers, the standard library and
 `pipeline_pet_loading`, which travels too.
@@ -21,13 +22,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image, ImageOps
 
-from .pipeline_pet_loading import NUM_BANDS, PetPipelineMixin, check_integer
+from .pipeline_pet_loading import NUM_BANDS, PetPipelineMixin, check_integer, eight_bit_image, read_image
 
 
-# Pillow reads these formats by itself; for some others it starts programs.
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MAX_IMAGE_PIXELS = 2**24  # of an image file, which is decoded at its full size
-
+METHODS = ("denoising", "features", "combined")
 WEIGHTINGS = ("calibrated", "elbo")
 
 # The bands of noise levels of the calibrated weighting are even in ln σ. Below this range, classes make no
@@ -77,49 +75,6 @@ class PetClassificationOutput(BaseOutput):
     evidence: list[ClassificationEvidence] | None = None
 
 
-def eight_bit_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
-    """Returns an image upright, in mode `"RGB"` or `"L"`, and on white where it is transparent.
-
-    16-bit grey levels are scaled; Pillow's own conversion would cut them off at 255.
-
-    Raises:
-        ValueError: if the pixels are floating-point numbers, whose range is unknown.
-    """
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # Pillow raises many kinds of exceptions for damaged EXIF; the pixels are usable anyway
-        image = image.copy()
-    if image.mode == "F":
-        raise ValueError("the pixels are floating-point numbers of an unknown range.")
-    if image.mode[0] == "I":
-        image = image.point(lambda value: value * (1 / 257)).convert("L")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert(mode)
-
-
-def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
-    """Reads an image file as [`eight_bit_image`] describes.
-
-    Raises:
-        ValueError: if the file cannot be read, or has more than `MAX_IMAGE_PIXELS` pixels.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound here is stricter
-            with Image.open(path, formats=IMAGE_FORMATS) as file:
-                if file.width * file.height > MAX_IMAGE_PIXELS:
-                    raise ValueError(
-                        f"the image has {file.width}×{file.height} pixels, more than {MAX_IMAGE_PIXELS:,}."
-                    )
-                file.load()
-                return eight_bit_image(file, mode)
-    except MemoryError:
-        raise ValueError(f"{str(path)!r} is too large an image for the available memory.") from None
-    except Exception as error:  # Pillow raises many kinds of exceptions for damaged files
-        raise ValueError(f"{str(path)!r} cannot be read as an image: {error}") from None
-
-
 class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
     r"""Classifies images with a class-conditional EDM denoiser.
 
@@ -139,6 +94,7 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
         generator: torch.Generator | None = None,
         return_evidence: bool = False,
         return_dict: bool = True,
+        method: str | None = None,
     ) -> PetClassificationOutput:
         r"""Classifies images.
 
@@ -161,6 +117,12 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
             return_evidence (`bool`, defaults to `False`): also return the errors by noise level and by pixel.
                 No image is then decided early.
             return_dict (`bool`, defaults to `True`): return a [`PetClassificationOutput`] instead of a tuple.
+            method (`str`, *optional*): `"denoising"` compares the errors of the classes. `"features"` asks
+                the pipeline's `probe`, which costs two evaluations for each of its noise levels, one of
+                them of the mirror image; the other arguments on evaluations and noise then have no effect.
+                `"combined"` adds the log-odds of both with the weights of the calibration. `None` means
+                `"combined"` if the pipeline has a probe and was calibrated with it, and otherwise
+                `"denoising"`.
 
         Returns:
             [`PetClassificationOutput`] or `tuple`: one entry for each image.
@@ -169,43 +131,67 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
             ValueError: if an image cannot be used, which the message names, or an argument is out of range.
         """
         # 1. Inputs
-        self.check_inputs(num_evaluations, weighting, generator)
+        if method is None:
+            method = "combined" if self.is_combined and weighting == "calibrated" else "denoising"
+        self.check_inputs(num_evaluations, weighting, generator, method, return_evidence)
         batch_size = check_integer("batch_size", batch_size)
         pixels = self.prepare_images(images)  # (N, C, H, W) in [-1, 1]
 
-        # 2. Noise levels and noise, the same for all images, so that an answer does not depend on its batch
-        num_draws = int(num_evaluations) // 2
-        sigmas = self.draw_sigmas(num_draws, weighting, generator)
-        device = "cpu" if generator is None else generator.device
-        noise = torch.randn((num_draws, *pixels.shape[1:]), generator=generator, device=device).cpu()
-        weights = self.error_weights(sigmas, weighting, pixels[0].numel())
+        # 2. Scores, which are ln p of each class up to a constant, and the best class
+        used = torch.zeros(len(pixels), dtype=torch.long)
+        if method != "features":
+            scores, best, errors, maps, sigmas = self.denoising_scores(
+                pixels, int(num_evaluations) // 2, adaptive, weighting, batch_size, generator, return_evidence
+            )
+            used += 2 * errors.isfinite().sum((1, 2))
+        if method != "denoising":
+            feature_scores = self.feature_scores(pixels, batch_size)
+            if method == "combined":
+                weight, denoising_weight = self.config.calibration["combination"]
+                feature_scores = weight * feature_scores + denoising_weight * scores
+            scores, best = feature_scores, feature_scores.argmax(1)
+            used += 2 * len(self.probe.config.sigmas)
 
-        # 3. Errors of each class, until the classes of an image are apart
-        is_stopped = adaptive and not return_evidence
-        stages = (*(stage // 2 for stage in STAGES if is_stopped and stage < num_evaluations), num_draws)
-        errors, candidates, maps = self.measure_errors(
-            pixels, noise, sigmas, weights, stages, batch_size, return_evidence
-        )
-
-        # 4. Answers
-        scores, best = class_scores(errors * weights, candidates)
+        # 3. Answers
         names = self.class_names
-        evidence = None
-        if maps is not None:
-            evidence = self.evidence(errors, maps / num_draws, scores, best, sigmas, names)
         output = PetClassificationOutput(
             labels=[names[index] for index in best.tolist()],
             probabilities=[dict(zip(names, row)) for row in scores.softmax(1).tolist()],
-            num_evaluations=(2 * errors.isfinite().sum((1, 2))).tolist(),
-            evidence=evidence,
+            num_evaluations=used.tolist(),
+            evidence=self.evidence(errors, maps, scores, best, sigmas, names) if return_evidence else None,
         )
         self.maybe_free_model_hooks()
         if not return_dict:
             return tuple(output.values())  # type: ignore[return-value]
         return output
 
-    def check_inputs(self, num_evaluations: int, weighting: str, generator: torch.Generator | None) -> None:
+    @property
+    def is_combined(self) -> bool:
+        """Whether the calibration has the weights of the method `"combined"`."""
+        return self.probe is not None and "combination" in (self.config.calibration or {})
+
+    def check_inputs(
+        self,
+        num_evaluations: int,
+        weighting: str,
+        generator: torch.Generator | None,
+        method: str,
+        return_evidence: bool,
+    ) -> None:
         """Raises `ValueError` for an argument of [`__call__`] that is out of range."""
+        if method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, but is {method!r}.")
+        if method != "denoising" and self.probe is None:
+            raise ValueError(
+                f"The method {method!r} needs a pipeline with a `probe`; `pet-pipeline calibrate` fits one."
+            )
+        if method == "combined" and (weighting != "calibrated" or not self.is_combined):
+            raise ValueError(
+                "The method 'combined' needs the weighting 'calibrated' and a calibration with a "
+                "`combination`; `pet-pipeline calibrate` fits both."
+            )
+        if method == "features" and return_evidence:
+            raise ValueError("`return_evidence` needs the method 'denoising' or 'combined'.")
         self.check_scheduler()
         if self.null_class_id < 2:
             raise ValueError("Classification needs a model of at least 2 classes, but the model has 1.")
@@ -222,6 +208,88 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
                 f"{type(generator).__name__}."
             )
 
+    def feature_scores(self, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """Returns the log-odds `(N, classes)` that the probe gives to the images."""
+        config = self.probe.config
+        features = self.image_features(pixels, config.layer, config.sigmas, batch_size)
+        return self.probe(features.to(self._execution_device, self.probe.dtype)).float().cpu()
+
+    @torch.no_grad()
+    def image_features(
+        self, pixels: torch.Tensor, layer: int, sigmas: Sequence[float], batch_size: int = 64
+    ) -> torch.Tensor:
+        """Pools what a block of the denoiser makes of images, for the null class.
+
+        The denoiser is told a noise level, but no noise is added.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(N, channels, height, width)`): the images in [-1, 1].
+            layer (`int`): index of the block.
+            sigmas (`Sequence[float]`): noise levels σ.
+            batch_size (`int`, defaults to 64): evaluations at once.
+
+        Returns:
+            `torch.Tensor` of shape `(N, sigmas * 2 * dim)`: mean and standard deviation of the normalised
+            tokens at each noise level, averaged over an image and its mirror image, in float32.
+
+        Raises:
+            ValueError: if the denoiser cannot return the output of a block.
+        """
+        if not self.takes_argument("feature_layer"):
+            raise ValueError(
+                "Features need a model whose `forward` takes `feature_layer`, such as "
+                f"`PetTransformer2DModel`, but the model is of the class {type(self.transformer).__name__}."
+            )
+        device = self._execution_device
+        rows = []
+        for images in pixels.split(max(1, batch_size // 2)):
+            both = torch.cat([images, images.flip(-1)]).to(device)
+            null = torch.full((len(both),), self.null_class_id, device=device)
+            columns = []
+            for sigma in torch.tensor(sigmas, device=device):
+                model_input = self.scheduler.precondition_inputs(both, sigma)
+                timesteps = self.scheduler.precondition_noise(sigma.expand(len(both)))
+                tokens = self.transformer(
+                    model_input.to(self.transformer.dtype),
+                    timesteps,
+                    null,
+                    feature_layer=layer,
+                    return_dict=False,
+                )[0].float()
+                tokens = torch.nn.functional.layer_norm(tokens, tokens.shape[-1:])
+                pooled = torch.cat([tokens.mean(1), tokens.std(1, correction=0)], dim=1)
+                columns.append(pooled.view(2, len(images), -1).mean(0))
+            rows.append(torch.cat(columns, dim=1).cpu())
+        return torch.cat(rows)
+
+    def denoising_scores(
+        self,
+        pixels: torch.Tensor,
+        num_draws: int,
+        adaptive: bool,
+        weighting: str,
+        batch_size: int,
+        generator: torch.Generator | None,
+        return_maps: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        """Compares the errors of the classes; see [`__call__`].
+
+        Returns the scores and the best class of [`class_scores`], the errors and the sums of
+        [`measure_errors`], the latter divided by the number of draws, and the noise levels `(num_draws,)`.
+        """
+        # Noise levels and noise are the same for all images, so that an answer does not depend on its batch.
+        sigmas = self.draw_sigmas(num_draws, weighting, generator)
+        device = "cpu" if generator is None else generator.device
+        noise = torch.randn((num_draws, *pixels.shape[1:]), generator=generator, device=device).cpu()
+        weights = self.error_weights(sigmas, weighting, pixels[0].numel())
+        is_stopped = adaptive and not return_maps
+        stages = (*(stage // 2 for stage in STAGES if is_stopped and stage < 2 * num_draws), num_draws)
+        errors, candidates, maps = self.measure_errors(
+            pixels, noise, sigmas, weights, stages, batch_size, return_maps
+        )
+        scores, best = class_scores(errors * weights, candidates)
+        return scores, best, errors, maps / num_draws, sigmas
+
     def measure_errors(
         self,
         pixels: torch.Tensor,
@@ -231,7 +299,7 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
         stages: tuple[int, ...],
         batch_size: int,
         return_maps: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Measures the errors of every class, and gives classes up at each stage.
 
         Args:
@@ -245,12 +313,11 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
 
         Returns:
             `tuple`: the errors of shape `(N, classes, draws)`, NaN where a class was given up before; the
-            classes that were not given up, `(N, classes)`; and the sums, `(N, classes, height, width)`, or
-            `None`.
+            classes that were not given up, `(N, classes)`; and the sums, `(N, classes, height, width)`.
         """
         shape = (len(pixels), self.null_class_id)
         errors = torch.full((*shape, len(sigmas)), torch.nan)
-        maps = torch.zeros(*shape, *pixels.shape[2:]) if return_maps else None
+        maps = torch.zeros(*shape, *(pixels.shape[2:] if return_maps else (0, 0)))
         candidates = torch.ones(shape, dtype=torch.bool)
         first = 0
         with self.progress_bar(total=len(pixels)) as progress_bar:
@@ -269,7 +336,7 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
                             "The errors of the model are not finite: its weights are damaged, or its "
                             f"precision ({self.transformer.dtype}) is too low for them."
                         )
-                    if maps is not None:
+                    if return_maps:
                         weighted = weights[draw, None, None] * pixel_errors
                         maps.index_put_((image, label), weighted, accumulate=True)
                 first = last

@@ -26,7 +26,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
+from diffusers.utils.torch_utils import randn_tensor
 
 from .pipeline_pet_loading import PetPipelineMixin, check_integer, check_number, check_scale
 
@@ -140,12 +140,6 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         """Whether the current call may need unconditional evaluations."""
         return self.guider is not None or callable(self._guidance_schedule) or self._guidance_scale != 1
 
-    def _can_be_perturbed(self) -> bool:
-        """Whether the model can make the worse prediction that perturbed-attention guidance needs."""
-        is_compiled = is_compiled_module(self.transformer)
-        model = self.transformer._orig_mod if is_compiled else self.transformer
-        return "perturbed_layers" in inspect.signature(model.forward).parameters
-
     def check_inputs(
         self,
         guidance_scale: float,
@@ -167,7 +161,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             )
         check_number("guidance_scale", guidance_scale)
         check_scale("pag_scale", pag_scale)
-        if pag_scale != 0 and not self._can_be_perturbed():
+        if pag_scale != 0 and not self.takes_argument("perturbed_layers"):
             raise ValueError(
                 "`pag_scale` needs a model whose `forward` takes `perturbed_layers`, such as "
                 f"`PetTransformer2DModel`, but the model is of the class {type(self.transformer).__name__}."
@@ -328,7 +322,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale
         if pag_scale is None:
-            is_used = self.guider is None and self._can_be_perturbed()
+            is_used = self.guider is None and self.takes_argument("perturbed_layers")
             pag_scale = self.config.pag_scale if is_used else 0.0
         if autoguidance_scale is None:
             is_used = self.guider is None and self.guide is not None

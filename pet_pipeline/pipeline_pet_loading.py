@@ -14,6 +14,7 @@ import math
 import reprlib
 import shutil
 import sys
+import warnings
 from collections import Counter
 from numbers import Integral, Real
 from pathlib import Path
@@ -24,17 +25,23 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import is_compiled_module
+from PIL import Image, ImageOps
 
 
 logger = logging.get_logger(__name__)
 
 # The modules of this package that define components, and the files at the top of every saved folder.
-COMPONENT_MODULES = ("transformer_pet", "scheduling_adaptive_edm")
+COMPONENT_MODULES = ("transformer_pet", "scheduling_adaptive_edm", "probe_pet")
 PIPELINE_MODULES = ("pipeline_pet_diffusion", "pipeline_pet_classification", "pipeline_pet_loading")
 
 MAX_LABEL_LENGTH = 256
 MAX_SCALE = 100.0  # useful values are about 0 to 3; float16 overflows at thousands
 NUM_BANDS = 8  # bands of noise levels in a calibration
+
+# Pillow reads these formats by itself; for some others it starts programs.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_IMAGE_PIXELS = 2**24  # of an image file, which is decoded at its full size
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline as PipelineBase
@@ -56,8 +63,11 @@ class PetPipelineMixin(PipelineBase):
         guide (`ModelMixin`, *optional*): a worse model of the same images, called in the same way as the
             denoiser: smaller, or trained for less time. [`PetDiffusionPipeline`] uses it for autoguidance.
         id2label (`dict`, *optional*): class names by id, for example `{0: "cat", 1: "dog"}`.
+        probe ([`PetLinearProbe`], *optional*): classifies by features of the denoiser, in
+            [`PetClassificationPipeline`].
         calibration (`dict`, *optional*): the weight of each band of noise levels in the classification,
-            `{"weights": [...]}`. `pet-pipeline calibrate` measures it.
+            `{"weights": [...]}`, and of the two methods in their combination, `{"combination": [...]}`.
+            `pet-pipeline calibrate` measures both.
         pag_scale (`float`, defaults to 0.0), autoguidance_scale (`float`, defaults to 1.0), guidance_scale
             (`float`, defaults to 2.5): strengths of perturbed-attention guidance, of autoguidance and of
             classifier-free guidance if a call of [`PetDiffusionPipeline`] does not give them; at most 100 in
@@ -67,8 +77,8 @@ class PetPipelineMixin(PipelineBase):
         ValueError: if an argument is out of range; the message names it.
     """
 
-    model_cpu_offload_seq = "guide->transformer"
-    _optional_components = ["guider", "guide"]
+    model_cpu_offload_seq = "guide->transformer->probe"
+    _optional_components = ["guider", "guide", "probe"]
 
     def __init__(
         self,
@@ -81,9 +91,12 @@ class PetPipelineMixin(PipelineBase):
         guide: ModelMixin | None = None,
         autoguidance_scale: float = 1.0,
         guidance_scale: float = 2.5,
+        probe: ModelMixin | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler, guider=guider, guide=guide)
+        self.register_modules(
+            transformer=transformer, scheduler=scheduler, guider=guider, guide=guide, probe=probe
+        )
         self.id2label = check_labels(id2label, transformer.config.num_classes)
         check_calibration(calibration)
         scales = {
@@ -93,7 +106,8 @@ class PetPipelineMixin(PipelineBase):
         }
         for name, scale in scales.items():
             check_scale(name, scale)
-        check_guide(guide, transformer)
+        check_same_config("guide", guide, transformer, ("num_classes", "in_channels"))
+        check_same_config("probe", probe, transformer, ("num_classes",))
         self.register_to_config(
             id2label={str(key): name for key, name in self.id2label.items()},
             calibration=calibration,
@@ -186,7 +200,7 @@ class PetPipelineMixin(PipelineBase):
         """
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name in ("transformer", "scheduler", "guider", "guide"):
+        for name in ("transformer", "scheduler", "guider", "guide", "probe"):
             pair = config.get(name, [None, None])
             if not isinstance(pair, list) or [type(part) for part in pair] not in (
                 [str, str],
@@ -242,6 +256,11 @@ class PetPipelineMixin(PipelineBase):
             raise ValueError(f"A class id must be in [0, {self.null_class_id - 1}], but is {label_id}.")
         return [label_id]
 
+    def takes_argument(self, name: str) -> bool:
+        """Whether the model's `forward` has an argument of this name."""
+        model = self.transformer._orig_mod if is_compiled_module(self.transformer) else self.transformer
+        return name in inspect.signature(model.forward).parameters
+
     def check_scheduler(self) -> None:
         """Raises `ValueError` if the scheduler does not have the preconditioning of EDM."""
         if not hasattr(self.scheduler, "precondition_outputs"):
@@ -249,6 +268,49 @@ class PetPipelineMixin(PipelineBase):
                 "The scheduler must be an EDM scheduler such as `AdaptiveEDMScheduler`, but is of the class "
                 f"{type(self.scheduler).__name__}."
             )
+
+
+def eight_bit_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """Returns an image upright, in mode `"RGB"` or `"L"`, and on white where it is transparent.
+
+    16-bit grey levels are scaled; Pillow's own conversion would cut them off at 255.
+
+    Raises:
+        ValueError: if the pixels are floating-point numbers, whose range is unknown.
+    """
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # Pillow raises many kinds of exceptions for damaged EXIF; the pixels are usable anyway
+        image = image.copy()
+    if image.mode == "F":
+        raise ValueError("the pixels are floating-point numbers of an unknown range.")
+    if image.mode[0] == "I":
+        image = image.point(lambda value: value * (1 / 257)).convert("L")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert(mode)
+
+
+def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
+    """Reads an image file as [`eight_bit_image`] describes.
+
+    Raises:
+        ValueError: if the file cannot be read, or has more than `MAX_IMAGE_PIXELS` pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound here is stricter
+            with Image.open(path, formats=IMAGE_FORMATS) as file:
+                if file.width * file.height > MAX_IMAGE_PIXELS:
+                    raise ValueError(
+                        f"the image has {file.width}×{file.height} pixels, more than {MAX_IMAGE_PIXELS:,}."
+                    )
+                file.load()
+                return eight_bit_image(file, mode)
+    except MemoryError:
+        raise ValueError(f"{str(path)!r} is too large an image for the available memory.") from None
+    except Exception as error:  # Pillow raises many kinds of exceptions for damaged files
+        raise ValueError(f"{str(path)!r} cannot be read as an image: {error}") from None
 
 
 def check_integer(name: str, value: Any) -> int:
@@ -279,33 +341,37 @@ def check_scale(name: str, scale: float) -> None:
         raise ValueError(f"`{name}` must be in [-{MAX_SCALE:g}, {MAX_SCALE:g}], but is {scale}.")
 
 
-def check_guide(guide: ModelMixin | None, transformer: ModelMixin) -> None:
-    """Raises `ValueError` if a guide does not know the same classes and channels as the denoiser."""
-    if guide is None:
+def check_same_config(
+    component: str, model: ModelMixin | None, transformer: ModelMixin, names: tuple[str, ...]
+) -> None:
+    """Raises `ValueError` if values in the config of a component are not those of the denoiser."""
+    if model is None:
         return
-    for name in ("num_classes", "in_channels"):
-        own, needed = guide.config.get(name), transformer.config[name]
+    for name in names:
+        own, needed = model.config.get(name), transformer.config[name]
         if own != needed:
             raise ValueError(
-                f"`{name}` of the guide must be that of the transformer, {needed}, but is {own!r}."
+                f"`{name}` of the {component} must be that of the transformer, {needed}, but is {own!r}."
             )
 
 
 def check_calibration(calibration: dict | None) -> None:
-    """Raises `ValueError` if a calibration does not hold a weight for each band of noise levels."""
+    """Raises `ValueError` if a calibration does not hold the weights of the bands and of the methods."""
     if calibration is None:
         return
-    weights = calibration.get("weights") if isinstance(calibration, dict) else None
-    if (
-        not isinstance(weights, (list, tuple))
-        or len(weights) != NUM_BANDS
-        or any(not isinstance(weight, Real) or isinstance(weight, bool) for weight in weights)
-        or not all(0 <= weight < math.inf for weight in weights)
-    ):
-        raise ValueError(
-            f"`calibration` must hold `weights`, {NUM_BANDS} finite numbers of at least 0, but is "
-            f"{reprlib.repr(calibration)}."
-        )
+    known = calibration if isinstance(calibration, dict) else {}
+    for name, count in {"weights": NUM_BANDS, "combination": 2}.items():
+        weights = known.get(name, [0.0] * count if name == "combination" else None)
+        if (
+            not isinstance(weights, (list, tuple))
+            or len(weights) != count
+            or any(not isinstance(weight, Real) or isinstance(weight, bool) for weight in weights)
+            or not all(0 <= weight < math.inf for weight in weights)
+        ):
+            raise ValueError(
+                f"`calibration` must hold `{name}`, {count} finite numbers of at least 0, but is "
+                f"{reprlib.repr(calibration)}."
+            )
 
 
 def check_labels(id2label: dict | None, num_classes: int) -> dict[int, str]:

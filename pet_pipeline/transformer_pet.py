@@ -281,11 +281,7 @@ def num_groups(channels: int) -> int:
 
 
 def check_config(config: FrozenDict) -> None:
-    """Checks the arguments of [`PetTransformer2DModel`].
-
-    Raises:
-        ValueError: if an argument is out of range; the message names it.
-    """
+    """Raises `ValueError` if an argument of [`PetTransformer2DModel`] is out of range; it names it."""
     for ranges, kind, kind_name in ((INTEGERS, int, "an integer"), (NUMBERS, (int, float), "a number")):
         for name, (low, high) in ranges.items():
             value = config[name]
@@ -515,6 +511,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
         perturbed_layers: Sequence[int] | None = None,
+        feature_layer: int | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         r"""Predicts the EDM network output $F_\theta$.
 
@@ -528,13 +525,15 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return_dict (`bool`, defaults to `True`): return a `Transformer2DModelOutput` instead of a tuple.
             perturbed_layers (`list[int]`, *optional*): indices of blocks whose attention map is replaced by
                 the identity, for perturbed-attention guidance (Ahn et al. 2024, section 4).
+            feature_layer (`int`, *optional*): index of a block whose output is returned as `sample`, of shape
+                `(batch, tokens, dim)`. What follows it is not evaluated.
 
         Returns:
             `Transformer2DModelOutput` or `tuple`: `sample` of shape `(batch, in_channels, height, width)`.
 
         Raises:
             ValueError: if the image has another number of channels or is not a whole number of patches, or a
-                perturbed layer does not exist.
+                layer does not exist.
         """
         batch, channels, image_height, image_width = hidden_states.shape
         patch_size = self.config.patch_size
@@ -557,8 +556,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             timestep, 256, downscale_freq_shift=0, scale=25.0, max_period=100
         )
         conditioning = self.time_embedding(frequencies.to(hidden_states.dtype))
-        if class_labels is None:
-            class_labels = torch.full((1,), self.config.num_classes, device=hidden_states.device)
+        class_labels = self.config.num_classes if class_labels is None else class_labels
         class_labels = torch.as_tensor(class_labels, device=hidden_states.device).reshape(-1).expand(batch)
         conditioning = conditioning + self.class_embedding(class_labels).to(conditioning)  # (N, D)
 
@@ -567,10 +565,10 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         hidden_states = hidden_states + positions.to(hidden_states.dtype)
         num_layers = len(self.transformer_blocks)
         perturbed_layers = perturbed_layers or ()
-        if not set(perturbed_layers) <= set(range(num_layers)):
-            raise ValueError(
-                f"`perturbed_layers` must be in [0, {num_layers - 1}], but is {list(perturbed_layers)}."
-            )
+        asked = {"perturbed_layers": perturbed_layers, "feature_layer": [feature_layer or 0]}
+        for name, layers in asked.items():
+            if not set(layers) <= set(range(num_layers)):
+                raise ValueError(f"`{name}` must be in [0, {num_layers - 1}], but is {list(layers)}.")
         skips: list[torch.Tensor] = []
         for index, block in enumerate(self.transformer_blocks):
             skip_states = skips.pop() if block.skip_proj is not None else None
@@ -579,6 +577,8 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 hidden_states = self._gradient_checkpointing_func(block, *inputs)
             else:
                 hidden_states = block(*inputs)
+            if index == feature_layer:
+                return Transformer2DModelOutput(sample=hidden_states) if return_dict else (hidden_states,)
             if self.config.long_skips and index < num_layers // 2:
                 skips.append(hidden_states)
 
@@ -595,6 +595,4 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             output = restore_patches(coefficients * scale_skip + refinement * scale_out, dct, patch_size)
             sample = output.to(sample.dtype)
 
-        if not return_dict:
-            return (sample,)
-        return Transformer2DModelOutput(sample=sample)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

@@ -209,8 +209,9 @@ def test_calibrate_keeps_weights_and_evaluate_uses_them(saved, image_folder, tmp
         warnings.filterwarnings("error", "This pipeline is not calibrated")  # it is about to be
         assert main(["calibrate", *words, "--num_evaluations", "16"]) == 0
     assert other.read_text() == code
-    assert "On the 4 images of the fit, the accuracy is" in capsys.readouterr().out
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "model").rglob("*.safetensors")}
+    assert "On the 4 images of the fit, the accuracy of the method denoising is" in capsys.readouterr().out
+    folder = tmp_path / "model" / "transformer"
+    assert before == {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")}
     weights = PetDiffusionPipeline.from_pretrained(saved).config.calibration["weights"]
     assert len(weights) == NUM_BANDS and min(weights) >= 0
     words = ["evaluate", *words, "--classification", "--curve", "--num_images", "8", "--num_evaluations", "4"]

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .loading import load_classifier_pipeline
-from .options import HelpFormatter, add_device_option, add_model_option, positive_integer, seed
+from .options import (
+    HelpFormatter,
+    add_classification_options,
+    add_device_option,
+    add_dtype_option,
+    add_model_option,
+    seed,
+)
 
 
 if TYPE_CHECKING:
@@ -29,12 +36,7 @@ def add_parser(commands: Any) -> None:
         "images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of image files"
     )
     add_model_option(parser)
-    parser.add_argument(
-        "--num_evaluations",
-        type=positive_integer,
-        default=32,
-        help="highest number of evaluations of the denoiser for each class",
-    )
+    add_classification_options(parser)
     parser.add_argument(
         "--weighting",
         choices=["calibrated", "elbo"],
@@ -43,6 +45,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--seed", type=seed, default=0, help="seed of the noise")
     add_device_option(parser)
+    add_dtype_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object for each image")
     parser.add_argument(
         "--evidence", type=Path, metavar="FILE", help="draw why each image was classified, into this file"
@@ -69,11 +72,11 @@ def run(args: argparse.Namespace) -> None:
     """Classifies the images, and ends with an error if one of them could not be read."""
     import torch
 
-    from ..pipeline_pet_classification import read_image
+    from ..pipeline_pet_loading import read_image
     from ..visualization import evidence_figure
 
     files = image_files(args.images)
-    pipeline = load_classifier_pipeline(args.model, args.device)
+    pipeline = load_classifier_pipeline(args.model, args.device, args.dtype)
     pipeline.set_progress_bar_config(disable=True)
     good, tensors = [], []
     for file in files:
@@ -92,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
             weighting=args.weighting,
             generator=torch.Generator().manual_seed(args.seed),
             return_evidence=args.evidence is not None,
+            method=args.method,
         )
         evidence += output.evidence or []
         for file, label, probabilities, evaluations in zip(

@@ -9,7 +9,9 @@ from ..sampling import SampleSettings
 from .loading import load_classifier_pipeline, load_pipeline, load_reference_of
 from .options import (
     HelpFormatter,
+    add_classification_options,
     add_device_option,
+    add_dtype_option,
     add_model_option,
     add_reference_options,
     add_sampling_options,
@@ -55,12 +57,7 @@ def add_parser(commands: Any) -> None:
         help="measure the classifier instead, on `--num_images` images of the split; this writes "
         "classification.json and reliability.png",
     )
-    parser.add_argument(
-        "--num_evaluations",
-        type=positive_integer,
-        default=32,
-        help="highest number of evaluations that the classifier makes for each class",
-    )
+    add_classification_options(parser)
     parser.add_argument(
         "--curve",
         action="store_true",
@@ -68,6 +65,7 @@ def add_parser(commands: Any) -> None:
     )
     add_sampling_options(parser)
     add_device_option(parser)
+    add_dtype_option(parser)
     parser.add_argument(
         "--seed", type=seed, default=0, help="seed of the first image; the seeds of the next images count up"
     )
@@ -83,7 +81,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.classification:
         word, unused = "with", [*SampleSettings.options(), "features", "floors"]
     else:
-        word, unused = "without", ["num_evaluations", "curve"]
+        word, unused = "without", ["method", "num_evaluations", "curve"]
     for name in unused:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} has no effect {word} --classification")
@@ -105,7 +103,7 @@ def run_images(args: argparse.Namespace) -> None:
 
     settings = sample_settings(args)
     extractor = FEATURE_EXTRACTORS[args.features]()
-    pipeline = load_pipeline(args.model, args.scheduler, args.device)
+    pipeline = load_pipeline(args.model, args.scheduler, args.device, args.dtype)
     pipeline.set_progress_bar_config(leave=False)
     reference = load_reference_of(args, pipeline, args.split)
     # Features and classes are computed on the CPU, so that the numbers are the same everywhere.
@@ -145,20 +143,22 @@ def run_classification(args: argparse.Namespace) -> None:
     from ..evaluation.tables import save_record
     from ..visualization import reliability_diagram
 
-    pipeline = load_classifier_pipeline(args.model, args.device)
+    pipeline = load_classifier_pipeline(args.model, args.device, args.dtype)
     pipeline.set_progress_bar_config(disable=True)
     names = pipeline.class_names
     reference = load_reference_of(args, pipeline, args.split)
     images = balanced_subset(reference.images, args.num_images)
     measures, probabilities = evaluate_classification(
-        pipeline, images, args.num_evaluations, args.batch_size, args.seed
+        pipeline, images, args.num_evaluations, args.batch_size, args.seed, args.method
     )
     record: dict[str, Any] = {
         "settings": {
             "model": args.model,
             "reference": args.reference,
             "split": args.split,
+            **({} if args.method is None else {"method": args.method}),
             "num_evaluations": args.num_evaluations,
+            "dtype": args.dtype,
             "seed": args.seed,
         },
         "measures": measures,

@@ -23,6 +23,7 @@ from .loading import load_pipeline
 from .options import (
     HelpFormatter,
     add_device_option,
+    add_dtype_option,
     add_model_option,
     add_sampling_options,
     positive_integer,
@@ -67,12 +68,7 @@ def add_parser(commands: Any) -> None:
         "--batch_size", type=positive_integer, default=64, help="number of images that are drawn at once"
     )
     add_device_option(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        default="float32",
-        help="precision of the weights",
-    )
+    add_dtype_option(parser)
     parser.add_argument(
         "--like",
         type=Path,

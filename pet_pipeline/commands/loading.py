@@ -52,11 +52,13 @@ def load_pipeline(
         raise ValueError(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def load_classifier_pipeline(model: str | None, device: str | None = None) -> "PetClassificationPipeline":
+def load_classifier_pipeline(
+    model: str | None, device: str | None = None, dtype: str = "float32"
+) -> "PetClassificationPipeline":
     """Loads a saved pipeline as a classifier; see [`load_pipeline`]."""
     from ..pipeline_pet_classification import PetClassificationPipeline
 
-    return PetClassificationPipeline.from_pipe(load_pipeline(model, device=device))
+    return PetClassificationPipeline.from_pipe(load_pipeline(model, device=device, dtype=dtype))
 
 
 def load_reference_of(args: argparse.Namespace, pipeline: "PetDiffusionPipeline", split: str) -> "Reference":

@@ -47,6 +47,32 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that chooses the precision of the weights."""
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="precision of the weights",
+    )
+
+
+def add_classification_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that choose how images are classified."""
+    parser.add_argument(
+        "--method",
+        choices=["denoising", "features", "combined"],
+        help="what tells the class: the errors of denoising, the features of the model, or both combined; "
+        "the default is both if the model was calibrated for it, and otherwise denoising",
+    )
+    parser.add_argument(
+        "--num_evaluations",
+        type=positive_integer,
+        default=32,
+        help="highest number of evaluations of the denoiser for each class",
+    )
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Adds an option for every field of [`SampleSettings`]."""
     defaults = SampleSettings()

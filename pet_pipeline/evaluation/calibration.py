@@ -3,6 +3,7 @@
 import math
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,16 @@ from ..pipeline_pet_classification import (
     ClassificationEvidence,
     PetClassificationPipeline,
 )
+from ..probe_pet import PetLinearProbe
 from ..training.data import ImageDataset
+from .reference import balanced_subset
+
+
+# The block is chosen by fits to a part of the images at the first of these noise levels.
+PROBE_SIGMAS = (0.1, 0.3)
+PROBE_PENALTIES = (1e-3, 1e-2, 1e-1)
+PROBE_SEARCH_IMAGES = 2000
+MAX_PROBE_IMAGES = 10_000
 
 
 @dataclass
@@ -60,6 +70,7 @@ def class_errors(
                 batch_size=batch_size,
                 generator=torch.Generator().manual_seed(seed),
                 return_evidence=True,
+                method="denoising",
             )
             evidence += output.evidence
     return ClassErrors(torch.stack([item.errors for item in evidence]), evidence[0].sigmas)
@@ -75,7 +86,7 @@ def fit_calibration(errors: ClassErrors, labels: torch.Tensor, penalty: float = 
         errors ([`ClassErrors`]): the errors on images that the denoiser was not trained on.
         labels (`torch.Tensor` of shape `(N,)`): the classes of these images.
         penalty (`float`, defaults to 1e-3): strength of the penalty on the squares of the weights, after each
-            band's errors are scaled to unit standard deviation.
+            score is scaled to unit standard deviation.
 
     Returns:
         `dict`: `{"weights": [...]}`, which is the `calibration` of the pipelines.
@@ -93,20 +104,128 @@ def fit_calibration(errors: ClassErrors, labels: torch.Tensor, penalty: float = 
     one_hot = F.one_hot(bands, NUM_BANDS).double() / len(bands)
     # The weighted sum of these features over the bands is the weighted mean over the draws.
     features = errors.errors.double() @ one_hot  # (N, classes, bands)
-    features = features - features.mean(1, keepdim=True)
-    scale = features.std((0, 1)).clamp_min(1e-12)
-    raw = torch.zeros(NUM_BANDS, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([raw], max_iter=200, line_search_fn="strong_wolfe")
+    return {"weights": fit_weights(-features, labels, penalty)}
 
-    def loss() -> torch.Tensor:
+
+def fit_weights(scores: torch.Tensor, labels: torch.Tensor, penalty: float = 1e-3) -> list[float]:
+    """Finds the non-negative weights of several scores that maximise the likelihood of the labels.
+
+    Args:
+        scores (`torch.Tensor` of shape `(N, classes, scores)`): scores of every class, of which only
+            differences between classes count.
+        labels (`torch.Tensor` of shape `(N,)`): the true classes.
+        penalty (`float`, defaults to 1e-3): see [`fit_calibration`].
+    """
+    scores = scores.double() - scores.double().mean(1, keepdim=True)
+    scale = scores.std((0, 1)).clamp_min(1e-12)
+    raw = torch.zeros(scores.shape[2], dtype=torch.float64, requires_grad=True)
+    minimize(
+        [raw],
+        lambda: (
+            F.cross_entropy((scores / scale) @ F.softplus(raw), labels)
+            + penalty * F.softplus(raw).square().sum()
+        ),
+    )
+    return [round(weight, 4) for weight in (F.softplus(raw.detach()) / scale).tolist()]
+
+
+def minimize(parameters: list[torch.Tensor], function: Callable[[], torch.Tensor]) -> None:
+    """Minimises a smooth convex function of the parameters in place."""
+    optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        weights = F.softplus(raw)
-        value = F.cross_entropy(-(features / scale) @ weights, labels) + penalty * weights.square().sum()
+        value = function()
         value.backward()
         return value
 
-    optimizer.step(loss)
-    return {"weights": [round(weight, 4) for weight in (F.softplus(raw.detach()) / scale).tolist()]}
+    optimizer.step(closure)
+
+
+def dataset_features(
+    pipeline: PetClassificationPipeline,
+    dataset: ImageDataset,
+    layer: int,
+    sigmas: Sequence[float],
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """Returns [`PetClassificationPipeline.image_features`] of a data set."""
+    parts = tqdm(dataset.images.split(50), desc="images of 50", leave=False)
+    return torch.cat(
+        [
+            pipeline.image_features(pipeline.prepare_images(images), layer, sigmas, batch_size)
+            for images in parts
+        ]
+    )
+
+
+def fit_linear(
+    features: torch.Tensor, labels: torch.Tensor, num_classes: int, penalty: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fits a multinomial logistic regression.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`): the inputs, which are standardised for the fit.
+        labels (`torch.Tensor` of shape `(N,)`): the classes.
+        num_classes (`int`): number of classes.
+        penalty (`float`): strength of the penalty on the squares of the weights of standardised inputs.
+
+    Returns:
+        `tuple`: the weights `(classes, D)` and the biases `(classes,)` for the inputs as they are.
+    """
+    mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
+    inputs = (features - mean) / std
+    weight = torch.zeros(num_classes, inputs.shape[1], requires_grad=True)
+    bias = torch.zeros(num_classes, requires_grad=True)
+    minimize(
+        [weight, bias],
+        lambda: F.cross_entropy(inputs @ weight.T + bias, labels) + penalty * weight.square().sum(),
+    )
+    weight, bias = weight.detach() / std, bias.detach()
+    return weight, bias - weight @ mean
+
+
+def fit_probe(
+    pipeline: PetClassificationPipeline,
+    train: ImageDataset,
+    validation: ImageDataset,
+    batch_size: int = 64,
+) -> tuple[PetLinearProbe, torch.Tensor]:
+    """Fits a probe to training images, and chooses its block and its penalty by held-out images.
+
+    The held-out images also set the scale of the log-odds, because the denoiser knows the training images.
+
+    Args:
+        pipeline ([`PetClassificationPipeline`]): the denoiser.
+        train ([`ImageDataset`]): images that the denoiser was trained on.
+        validation ([`ImageDataset`]): images that it was not trained on.
+        batch_size (`int`, defaults to 64): number of evaluations at once.
+
+    Returns:
+        `tuple[PetLinearProbe, torch.Tensor]`: the probe, and its log-odds of the held-out images.
+    """
+    num_classes = pipeline.null_class_id
+
+    def fitted(images: ImageDataset, layer: int, sigmas: Sequence[float]) -> tuple[float, Any, torch.Tensor]:
+        features = dataset_features(pipeline, images, layer, sigmas, batch_size)
+        unseen = dataset_features(pipeline, validation, layer, sigmas, batch_size)
+        candidates = []
+        for penalty in PROBE_PENALTIES:
+            weight, bias = fit_linear(features, images.labels, num_classes, penalty)
+            scores = unseen @ weight.T + bias
+            (scale,) = fit_weights(scores[..., None], validation.labels)
+            loss = F.cross_entropy(scale * scores, validation.labels).item()
+            candidates.append((loss, (scale * weight, scale * bias), scale * scores))
+        return min(candidates, key=lambda candidate: candidate[0])
+
+    few = balanced_subset(train, PROBE_SEARCH_IMAGES)
+    layers = range(pipeline.transformer.config.num_layers)
+    layer = min(layers, key=lambda layer: fitted(few, layer, PROBE_SIGMAS[:1])[0])
+    _, (weight, bias), scores = fitted(balanced_subset(train, MAX_PROBE_IMAGES), layer, PROBE_SIGMAS)
+    token_dim = weight.shape[1] // (2 * len(PROBE_SIGMAS))
+    probe = PetLinearProbe(num_classes, token_dim, layer, list(PROBE_SIGMAS))
+    probe.linear.weight.data, probe.linear.bias.data = weight, bias
+    return probe.requires_grad_(False).eval(), scores
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -172,14 +291,15 @@ def evaluate_classification(
     num_evaluations: int = 32,
     batch_size: int = 64,
     seed: int = 0,
+    method: str | None = None,
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """Classifies a data set with the default settings, early stopping included, and measures the answers.
 
     Args:
         pipeline ([`PetClassificationPipeline`]): the classifier.
         dataset ([`ImageDataset`]): images of the classes of the classifier.
-        num_evaluations (`int`, defaults to 32), batch_size (`int`, defaults to 64): see
-            [`PetClassificationPipeline.__call__`].
+        num_evaluations (`int`, defaults to 32), batch_size (`int`, defaults to 64), method (`str`,
+            *optional*): see [`PetClassificationPipeline.__call__`].
         seed (`int`, defaults to 0): random seed of the noise. Every 50 images have new noise, so that the
             result does not depend on a single draw, and a calibration with the same seed used other noise.
 
@@ -191,7 +311,9 @@ def evaluate_classification(
     began = time.perf_counter()
     for number, images in enumerate(tqdm(dataset.images.split(50), desc="images of 50", leave=False)):
         generator = torch.Generator().manual_seed(seed + 1 + number)
-        output: Any = pipeline(images, num_evaluations, batch_size=batch_size, generator=generator)
+        output: Any = pipeline(
+            images, num_evaluations, batch_size=batch_size, generator=generator, method=method
+        )
         rows += [list(probabilities.values()) for probabilities in output.probabilities]
         evaluations += sum(output.num_evaluations)
     seconds = time.perf_counter() - began

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from ..pipeline_pet_classification import eight_bit_image
+from ..pipeline_pet_loading import eight_bit_image
 
 
 @dataclass
