@@ -8,6 +8,8 @@ This file travels inside every saved checkpoint: it imports PyTorch, diffusers a
 """
 
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -49,6 +51,23 @@ class PetLinearProbe(ModelMixin, ConfigMixin):
         ):
             raise ValueError(f"`sigmas` must be positive numbers, but is {sigmas!r:.100}.")
         self.linear = nn.Linear(2 * token_dim * len(sigmas), num_classes)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Loads a saved probe from safetensors; see [`ModelMixin.from_pretrained`].
+
+        Raises:
+            ValueError: if the file lacks weights, which would otherwise be random.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        return_info = kwargs.pop("output_loading_info", False)
+        probe, info = super().from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+        )
+        if info["missing_keys"]:
+            missing = ", ".join(info["missing_keys"])
+            raise ValueError(f"The weights in {str(pretrained_model_name_or_path)!r} lack {missing}.")
+        return (probe, info) if return_info else probe
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Maps features `(batch, sigmas * 2 * token_dim)` to log-odds `(batch, num_classes)`."""

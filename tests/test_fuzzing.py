@@ -27,7 +27,12 @@ from diffusers.utils import logging
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
+from pet_pipeline import (
+    AdaptiveEDMScheduler,
+    PetClassificationPipeline,
+    PetDiffusionPipeline,
+    PetLinearProbe,
+)
 from pet_pipeline.__main__ import main
 from pet_pipeline.sampling import PNG_KEY
 
@@ -245,7 +250,9 @@ def test_mutated_files_work_or_are_refused(number_of_inputs, tmp_path, monkeypat
     model, out, here = tmp_path / "model", tmp_path / "out", tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    pipeline = PetDiffusionPipeline(random_model(), AdaptiveEDMScheduler(), id2label={0: "cat", 1: "dog"})
+    pipeline = PetDiffusionPipeline(
+        random_model(), AdaptiveEDMScheduler(), id2label={0: "cat", 1: "dog"}, probe=PetLinearProbe(2, 16)
+    )
     pipeline.save_pretrained(model)
     generate = ["generate", "--num_samples", "1", "--steps", "1", "--out", str(out), "--model"]
     assert run_command([*generate, str(model)])[0] == 0
@@ -257,6 +264,7 @@ def test_mutated_files_work_or_are_refused(number_of_inputs, tmp_path, monkeypat
     mutations = [
         (model / "transformer" / "config.json", mutate_json),
         (model / "scheduler" / "scheduler_config.json", mutate_json),
+        (model / "probe" / "config.json", mutate_json),
         (model / "model_index.json", mutate_json),
         (weights, mutate_safetensors),
         (png, mutate_png),

@@ -23,6 +23,7 @@ from pet_pipeline import (
     AdaptiveEDMScheduler,
     PetClassificationPipeline,
     PetDiffusionPipeline,
+    PetLinearProbe,
 )
 
 
@@ -95,11 +96,15 @@ print(type(pipe).__module__, type(pipe).__name__)
 print(output.probabilities[0]["cat"])
 pipe.save_pretrained({!r})
 """
-    expected = PetClassificationPipeline.from_pipe(pipeline)(
-        torch.linspace(0, 1, 192).view(3, 8, 8), 8, generator=torch.Generator().manual_seed(0)
-    )
-    # Again from what the generic pipelines saved: a drawing and a classifying one.
-    for folder in (saved, saved_again[0]):
+    probe, calibration = PetLinearProbe(2, 16), {"weights": [1.0] * 8, "combination": [1.0, 1.0]}
+    probed = PetClassificationPipeline.from_pipe(pipeline, probe=probe, calibration=calibration)
+    probed.save_pretrained(tmp_path / "probed")
+    # Also from what the generic pipelines saved: a drawing and a classifying one.
+    for folder in (saved, saved_again[0], tmp_path / "probed"):
+        classifier = PetClassificationPipeline.from_pretrained(folder)
+        image, generator = torch.linspace(0, 1, 192).view(3, 8, 8), torch.Generator().manual_seed(0)
+        expected = classifier(image, 8, generator=generator)
+        assert expected.num_evaluations == [16 if classifier.probe is None else 18]
         result = run(code.format(str(folder), str(tmp_path / "third")), tmp_path, with_package=False)
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith("diffusers_modules.") and "PetClassificationPipeline" in result.stdout

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.oracles import GaussianDenoiser
 
 from pet_pipeline import (
@@ -156,6 +157,11 @@ def test_a_probe_is_a_component(pipeline, tmp_path):
         path.write_text(json.dumps({**config, **changes}))
         with pytest.raises(ValueError, match=message):
             PetDiffusionPipeline.from_pretrained(tmp_path)
+    path.write_text(json.dumps(config))
+    weights = path.parent / "diffusion_pytorch_model.safetensors"
+    save_file({"linear.weight": probed.probe.linear.weight.data}, weights)
+    with pytest.raises(ValueError, match="lack linear.bias"):
+        PetDiffusionPipeline.from_pretrained(tmp_path)
     index["probe"] = ["transformer_pet", "PetTransformer2DModel"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="`probe` must be an available subclass of PetLinearProbe"):
