@@ -202,7 +202,7 @@ def test_a_fitted_probe_tells_unseen_images_apart(model, monkeypatch):
     )
     monkeypatch.setattr(calibration, "PROBE_SEARCH_IMAGES", 50)
     probe, scores = fit_probe(pipe, train, validation)
-    assert seen[:4] == [(50, 0, (0.1,)), (100, 0, (0.1,)), (50, 1, (0.1,)), (100, 1, (0.1,))]
+    assert seen[:4] == [(50, 0, (0.3,)), (100, 0, (0.3,)), (50, 1, (0.3,)), (100, 1, (0.3,))]
     assert seen[4][0] == 300 and seen[4][2] == tuple(probe.config.sigmas) == (0.1, 0.3)
     assert ((scores.argmax(1) == validation.labels).float().mean()) > 0.9
     pipe = PetClassificationPipeline.from_pipe(pipe, probe=probe)

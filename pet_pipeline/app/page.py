@@ -125,7 +125,7 @@ def add_compare_tab(handlers: Handlers) -> None:
                 first = settings_inputs(handlers, replace(handlers.settings, guidance_scale=1.0))
             with gr.Column(min_width=250):
                 gr.Markdown("### B")
-                second = settings_inputs(handlers, replace(handlers.settings, guidance_scale=3.0))
+                second = settings_inputs(handlers, handlers.settings)
         with gr.Row():
             two = gr.Button("Compare A and B", variant="primary")
             steps = gr.Button("Compare 5, 10, 20 and 40 steps of A")

@@ -124,6 +124,7 @@ def run_images(args: argparse.Namespace) -> None:
         "reference": str(Path(args.reference).resolve()) if is_local else args.reference,
         "split": args.split,
         **({} if args.scheduler is None else {"scheduler": args.scheduler}),
+        "dtype": args.dtype,
         **record["settings"],
     }
     out = Path(args.out)

@@ -22,7 +22,7 @@ from ..training.data import ImageDataset
 from .reference import balanced_subset
 
 
-# The block is chosen by fits to a part of the images at the first of these noise levels.
+# The block is chosen by fits to a part of the images at the last of these noise levels.
 PROBE_SIGMAS = (0.1, 0.3)
 PROBE_PENALTIES = (1e-3, 1e-2, 1e-1)
 PROBE_SEARCH_IMAGES = 2000
@@ -220,7 +220,7 @@ def fit_probe(
 
     few = balanced_subset(train, PROBE_SEARCH_IMAGES)
     layers = range(pipeline.transformer.config.num_layers)
-    layer = min(layers, key=lambda layer: fitted(few, layer, PROBE_SIGMAS[:1])[0])
+    layer = min(layers, key=lambda layer: fitted(few, layer, PROBE_SIGMAS[-1:])[0])
     _, (weight, bias), scores = fitted(balanced_subset(train, MAX_PROBE_IMAGES), layer, PROBE_SIGMAS)
     token_dim = weight.shape[1] // (2 * len(PROBE_SIGMAS))
     probe = PetLinearProbe(num_classes, token_dim, layer, list(PROBE_SIGMAS))
