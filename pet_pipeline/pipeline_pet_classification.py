@@ -121,8 +121,8 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
                 the pipeline's `probe`, which costs two evaluations for each of its noise levels, one of
                 them of the mirror image; the other arguments on evaluations and noise then have no effect.
                 `"combined"` adds the log-odds of both with the weights of the calibration. `None` means
-                `"combined"` if the pipeline has a probe and was calibrated with it, and otherwise
-                `"denoising"`.
+                `"combined"` if the pipeline has a probe and was calibrated with it, and otherwise, or
+                for evidence, `"denoising"`.
 
         Returns:
             [`PetClassificationOutput`] or `tuple`: one entry for each image.
@@ -132,7 +132,8 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
         """
         # 1. Inputs
         if method is None:
-            method = "combined" if self.is_combined and weighting == "calibrated" else "denoising"
+            is_default = self.is_combined and weighting == "calibrated" and not return_evidence
+            method = "combined" if is_default else "denoising"
         self.check_inputs(num_evaluations, weighting, generator, method, return_evidence)
         batch_size = check_integer("batch_size", batch_size)
         pixels = self.prepare_images(images)  # (N, C, H, W) in [-1, 1]
@@ -212,7 +213,10 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
         """Returns the log-odds `(N, classes)` that the probe gives to the images."""
         config = self.probe.config
         features = self.image_features(pixels, config.layer, config.sigmas, batch_size)
-        return self.probe(features.to(self._execution_device, self.probe.dtype)).float().cpu()
+        scores = self.probe(features.to(self._execution_device, self.probe.dtype)).float().cpu()
+        if not scores.isfinite().all():
+            raise ValueError("The log-odds of the probe are not finite: weights of the model are damaged.")
+        return scores
 
     @torch.no_grad()
     def image_features(

@@ -96,8 +96,11 @@ def test_methods_and_their_combination(model):
     assert pipe(images, 8, generator=seeded(), weighting="elbo").num_evaluations == [16] * 4
     alone = probed_pipeline(model, calibration={"weights": [1.0] * 8})
     assert alone(images, 8, generator=seeded()).probabilities == denoising.probabilities
-    explained = pipe(images, 8, generator=seeded(), return_evidence=True)
-    assert [each.labels[0] for each in explained.evidence] == explained.labels == combined.labels
+    explained = pipe(images, 8, generator=seeded(), return_evidence=True)  # of the denoising alone
+    assert explained.probabilities == denoising.probabilities
+    pipe.probe.linear.weight.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="log-odds of the probe are not finite"):
+        pipe(images, method="features")
 
 
 def test_bad_methods_are_one_error(model):
