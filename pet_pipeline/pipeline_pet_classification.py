@@ -3,7 +3,7 @@ r"""PetClassificationPipeline: finds the class of an image with the denoiser tha
 A diffusion classifier (Li et al. 2023, "Your Diffusion Model is Secretly a Zero-Shot Classifier") takes the
 class that helps the denoiser most to remove noise from an image. All classes are tried on the same noise,
 which is drawn in pairs ±ε at stratified noise levels, and an image is decided once its classes are apart.
-With a probe, features of the denoiser say the class too, for a few evaluations (Xiang et al. 2023).
+A linear probe of the denoiser's features tells the class too, for a few evaluations (Xiang et al. 2023).
 
 This file travels inside every saved checkpoint: it imports PyTorch, diffusers, the standard library and
 `pipeline_pet_loading`, which travels too.
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from PIL import Image, ImageOps
+from PIL import Image
 
-from .pipeline_pet_loading import NUM_BANDS, PetPipelineMixin, check_integer, eight_bit_image, read_image
+from .pipeline_pet_loading import NUM_BANDS, PetPipelineMixin, check_integer, image_tensor
 
 
 METHODS = ("denoising", "features", "combined")
@@ -131,9 +131,7 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
             ValueError: if an image cannot be used, which the message names, or an argument is out of range.
         """
         # 1. Inputs
-        if method is None:
-            is_default = self.is_combined and weighting == "calibrated" and not return_evidence
-            method = "combined" if is_default else "denoising"
+        method = method or self.default_method(weighting, return_evidence)
         self.check_inputs(num_evaluations, weighting, generator, method, return_evidence)
         batch_size = check_integer("batch_size", batch_size)
         pixels = self.prepare_images(images)  # (N, C, H, W) in [-1, 1]
@@ -165,6 +163,11 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
         if not return_dict:
             return tuple(output.values())  # type: ignore[return-value]
         return output
+
+    def default_method(self, weighting: str = "calibrated", return_evidence: bool = False) -> str:
+        """Returns the method of a call that names none."""
+        is_suited = weighting == "calibrated" and not return_evidence
+        return "combined" if self.is_combined and is_suited else "denoising"
 
     @property
     def is_combined(self) -> bool:
@@ -213,6 +216,11 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
         """Returns the log-odds `(N, classes)` that the probe gives to the images."""
         config = self.probe.config
         features = self.image_features(pixels, config.layer, config.sigmas, batch_size)
+        if features.shape[1] != self.probe.linear.in_features:
+            raise ValueError(
+                f"The probe takes {self.probe.linear.in_features} features, but the model has "
+                f"{features.shape[1]}: it is the probe of another model."
+            )
         scores = self.probe(features.to(self._execution_device, self.probe.dtype)).float().cpu()
         if not scores.isfinite().all():
             raise ValueError("The log-odds of the probe are not finite: weights of the model are damaged.")
@@ -222,7 +230,7 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
     def image_features(
         self, pixels: torch.Tensor, layer: int, sigmas: Sequence[float], batch_size: int = 64
     ) -> torch.Tensor:
-        """Pools what a block of the denoiser makes of images, for the null class.
+        """Pools the output of a block of the denoiser for images, without a class.
 
         The denoiser is told a noise level, but no noise is added.
 
@@ -259,10 +267,8 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
                     null,
                     feature_layer=layer,
                     return_dict=False,
-                )[0].float()
-                tokens = torch.nn.functional.layer_norm(tokens, tokens.shape[-1:])
-                pooled = torch.cat([tokens.mean(1), tokens.std(1, correction=0)], dim=1)
-                columns.append(pooled.view(2, len(images), -1).mean(0))
+                )[0]
+                columns.append(pool_tokens(tokens))
             rows.append(torch.cat(columns, dim=1).cpu())
         return torch.cat(rows)
 
@@ -317,7 +323,8 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
 
         Returns:
             `tuple`: the errors of shape `(N, classes, draws)`, NaN where a class was given up before; the
-            classes that were not given up, `(N, classes)`; and the sums, `(N, classes, height, width)`.
+            classes that were not given up, `(N, classes)`; and the sums, `(N, classes, height, width)`,
+            which are empty without `return_maps`.
         """
         shape = (len(pixels), self.null_class_id)
         errors = torch.full((*shape, len(sigmas)), torch.nan)
@@ -368,36 +375,8 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
 
     def prepare_image(self, image: Any, name: str) -> torch.Tensor:
         """Returns one image as `(channels, height, width)` in [-1, 1]; see [`prepare_images`]."""
-        size, channels = self.transformer.config.sample_size, self.transformer.config.in_channels
-        mode = "L" if channels == 1 else "RGB"
-        if isinstance(image, (str, Path)):
-            name = repr(str(image))
-            image = read_image(image, mode)
-        elif isinstance(image, Image.Image):
-            try:
-                image = eight_bit_image(image, mode)
-            except ValueError as error:
-                raise ValueError(f"{name} cannot be used: {error}") from None
-        if isinstance(image, Image.Image):
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-            data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-            image = data.view(size, size, channels).permute(2, 0, 1)
-        if not isinstance(image, torch.Tensor):
-            raise ValueError(
-                f"{name} must be a PIL image, a path or a tensor, but is a {type(image).__name__}."
-            )
-        if image.ndim != 3 or image.shape[0] != channels or image.numel() == 0:
-            raise ValueError(
-                f"{name} must be of shape ({channels}, height, width), but is {tuple(image.shape)}."
-            )
-        image = image.detach().cpu()
-        image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
-        if not (image.min() >= -1e-3 and image.max() <= 1 + 1e-3):  # false for NaN
-            raise ValueError(
-                f"{name} must be in [0, 1], or uint8, but has values from {image.min():.3g} to "
-                f"{image.max():.3g}."
-            )
-        return resize_and_crop(image, size).clamp(0, 1) * 2 - 1
+        config = self.transformer.config
+        return image_tensor(image, name, config.sample_size, config.in_channels)
 
     def draw_sigmas(self, num_draws: int, weighting: str, generator: torch.Generator | None) -> torch.Tensor:
         """Returns noise levels `(num_draws,)`, uniform in ln σ over the range of the weighting.
@@ -587,13 +566,11 @@ def class_scores(
     return (-(lead * used).sum(-1) / used.sum(-1)).clamp_max(0), best
 
 
-def resize_and_crop(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Resizes an image `(channels, height, width)` until its shorter side is `size`; crops its centre."""
-    scale = size / min(image.shape[1:])
-    height, width = (max(size, round(side * scale)) for side in image.shape[1:])
-    if image.shape[1:] != (height, width):
-        image = torch.nn.functional.interpolate(
-            image[None], (height, width), mode="bicubic", antialias=True, align_corners=False
-        )[0]
-    top, left = (height - size) // 2, (width - size) // 2
-    return image[:, top : top + size, left : left + size]
+def pool_tokens(tokens: torch.Tensor) -> torch.Tensor:
+    """Pools tokens `(2 * batch, tokens, dim)` of images and their mirror images to `(batch, 2 * dim)`.
+
+    Each token is normalised. Mean and standard deviation over the tokens are averaged over the two images.
+    """
+    tokens = torch.nn.functional.layer_norm(tokens.float(), tokens.shape[-1:])
+    pooled = torch.cat([tokens.mean(1), tokens.std(1, correction=0)], dim=1)
+    return pooled.view(2, -1, pooled.shape[1]).mean(0)

@@ -20,6 +20,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -311,6 +312,50 @@ def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
         raise ValueError(f"{str(path)!r} is too large an image for the available memory.") from None
     except Exception as error:  # Pillow raises many kinds of exceptions for damaged files
         raise ValueError(f"{str(path)!r} cannot be read as an image: {error}") from None
+
+
+def image_tensor(image: Any, name: str, size: int, channels: int) -> torch.Tensor:
+    """Returns a PIL image, the image at a path or a tensor as `(channels, size, size)` in [-1, 1].
+
+    Raises:
+        ValueError: if the image cannot be used; the message names it.
+    """
+    mode = "L" if channels == 1 else "RGB"
+    if isinstance(image, (str, Path)):
+        name = repr(str(image))
+        image = read_image(image, mode)
+    elif isinstance(image, Image.Image):
+        try:
+            image = eight_bit_image(image, mode)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be used: {error}") from None
+    if isinstance(image, Image.Image):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        image = data.view(size, size, channels).permute(2, 0, 1)
+    if not isinstance(image, torch.Tensor):
+        raise ValueError(f"{name} must be a PIL image, a path or a tensor, but is a {type(image).__name__}.")
+    if image.ndim != 3 or image.shape[0] != channels or image.numel() == 0:
+        raise ValueError(f"{name} must be of shape ({channels}, height, width), but is {tuple(image.shape)}.")
+    image = image.detach().cpu()
+    image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+    if not (image.min() >= -1e-3 and image.max() <= 1 + 1e-3):  # false for NaN
+        raise ValueError(
+            f"{name} must be in [0, 1], or uint8, but has values from {image.min():.3g} to {image.max():.3g}."
+        )
+    return resize_and_crop(image, size).clamp(0, 1) * 2 - 1
+
+
+def resize_and_crop(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Resizes an image `(channels, height, width)` until its shorter side is `size`; crops its centre."""
+    scale = size / min(image.shape[1:])
+    height, width = (max(size, round(side * scale)) for side in image.shape[1:])
+    if image.shape[1:] != (height, width):
+        image = torch.nn.functional.interpolate(
+            image[None], (height, width), mode="bicubic", antialias=True, align_corners=False
+        )[0]
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[:, top : top + size, left : left + size]
 
 
 def check_integer(name: str, value: Any) -> int:

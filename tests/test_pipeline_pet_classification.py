@@ -21,12 +21,12 @@ from pet_pipeline.pipeline_pet_classification import (
     BAND_RANGE,
     NUM_BANDS,
     class_scores,
-    eight_bit_image,
     still_possible,
     stopping_bounds,
     t_statistic,
     van_der_corput,
 )
+from pet_pipeline.pipeline_pet_loading import eight_bit_image
 
 
 def gaussian_pipeline(std=0.3, **kwargs):

@@ -91,7 +91,7 @@ def test_methods_and_their_combination(model):
     assert combined.labels == names
     logits = pipe.probe(pipe.image_features(images * 2 - 1, 1, [0.1, 0.5]))
     torch.testing.assert_close(log_odds(features), logits.diff(dim=1), rtol=1e-3, atol=1e-4)
-    # Without a word, both count if they were calibrated together.
+    # Without `method`, both count if they were calibrated together.
     assert pipe(images, 8, generator=seeded()).probabilities == combined.probabilities
     assert pipe(images, 8, generator=seeded(), weighting="elbo").num_evaluations == [16] * 4
     alone = probed_pipeline(model, calibration={"weights": [1.0] * 8})
@@ -118,6 +118,9 @@ def test_bad_methods_are_one_error(model):
     ):
         with pytest.raises(ValueError, match=message):
             pipe(images, 8, **settings)
+    both.probe = PetLinearProbe(2, 8, 1)
+    with pytest.raises(ValueError, match="takes 16 features, but the model has 32: it is the probe of an"):
+        both(images, 8)
     oracle = PetClassificationPipeline(GaussianDenoiser(), AdaptiveEDMScheduler(), probe=random_probe())
     with pytest.raises(ValueError, match="whose `forward` takes `feature_layer`"):
         oracle(images, method="features")
@@ -227,12 +230,12 @@ def test_calibrate_fits_the_probe_and_the_commands_use_it(saved, image_folder, t
     assert pipe.probe.config.sigmas == list(calibration.PROBE_SIGMAS)
     image = next(path for path in image_folder.rglob("*.png"))
     words[0:1] = ["--num_images", "4", "--out", str(tmp_path / "out")]
-    for method, evaluations in (("features", 4), ("denoising", 8), (None, 12)):
+    for method, evaluations in (("features", 4), ("denoising", 8), ("combined", 12), (None, 12)):
         chosen = ["--num_evaluations", "4", *([] if method is None else ["--method", method])]
         assert main(["classify", str(image), "--model", str(saved), "--json", *chosen]) == 0
         assert json.loads(capsys.readouterr().out)["num_evaluations"] == evaluations
         assert main(["evaluate", str(saved), "--classification", *words, *chosen]) == 0
         record = json.loads((tmp_path / "out" / "classification.json").read_text())
         assert record["measures"]["evaluations_per_image"] == evaluations
-        assert record["settings"].get("method") == method
+        assert record["settings"]["method"] == (method or "combined")
         capsys.readouterr()

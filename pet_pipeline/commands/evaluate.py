@@ -157,7 +157,7 @@ def run_classification(args: argparse.Namespace) -> None:
             "model": args.model,
             "reference": args.reference,
             "split": args.split,
-            **({} if args.method is None else {"method": args.method}),
+            "method": args.method or pipeline.default_method(),
             "num_evaluations": args.num_evaluations,
             "dtype": args.dtype,
             "seed": args.seed,
