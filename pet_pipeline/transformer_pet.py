@@ -281,7 +281,7 @@ def num_groups(channels: int) -> int:
 
 
 def check_config(config: FrozenDict) -> None:
-    """Raises `ValueError` if an argument of [`PetTransformer2DModel`] is out of range; it names it."""
+    """Raises `ValueError` if an argument of [`PetTransformer2DModel`] is out of range, and names it."""
     for ranges, kind, kind_name in ((INTEGERS, int, "an integer"), (NUMBERS, (int, float), "a number")):
         for name, (low, high) in ranges.items():
             value = config[name]
@@ -565,10 +565,12 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         hidden_states = hidden_states + positions.to(hidden_states.dtype)
         num_layers = len(self.transformer_blocks)
         perturbed_layers = perturbed_layers or ()
-        asked = {"perturbed_layers": perturbed_layers, "feature_layer": [feature_layer or 0]}
-        for name, layers in asked.items():
-            if not set(layers) <= set(range(num_layers)):
-                raise ValueError(f"`{name}` must be in [0, {num_layers - 1}], but is {list(layers)}.")
+        for layer in (*perturbed_layers, *([] if feature_layer is None else [feature_layer])):
+            if layer not in range(num_layers):
+                raise ValueError(
+                    "`perturbed_layers` and `feature_layer` must be in "
+                    f"[0, {num_layers - 1}], but there is {layer}."
+                )
         skips: list[torch.Tensor] = []
         for index, block in enumerate(self.transformer_blocks):
             skip_states = skips.pop() if block.skip_proj is not None else None

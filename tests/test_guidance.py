@@ -62,7 +62,9 @@ def test_perturbed_attention_guidance_of_our_model(pipeline):
     assert not torch.equal(plain, guided)
     pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
     assert torch.equal(draw(pag_scale=1.0), guided)
-    with pytest.raises(ValueError, match="`perturbed_layers` must be in .0, 1., but is .2."):
+    with pytest.raises(
+        ValueError, match="`perturbed_layers` and `feature_layer` must be in .0, 1., but there is 2"
+    ):
         draw(pag_scale=1.0, pag_applied_layers=[2])
 
 

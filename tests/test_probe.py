@@ -49,7 +49,7 @@ def test_a_block_returns_its_output(model):
     assert len(outputs) == 1  # what follows is not evaluated
     assert torch.equal(model(images, 0.1, 1, feature_layer=1, return_dict=False)[0], second)
     for layer in (2, -1):
-        with pytest.raises(ValueError, match="`feature_layer` must be in .0, 1., but is"):
+        with pytest.raises(ValueError, match="`feature_layer` must be in .0, 1., but there is"):
             model(images, 0.1, feature_layer=layer)
 
 

@@ -42,7 +42,9 @@ def test_a_lone_token_attends_to_itself_in_any_case():
         model(image, 0.0, perturbed_layers=[0, 1]).sample, model(image, 0.0).sample, rtol=1e-4, atol=1e-5
     )
     for layers in ([2], [-1], [0, 5]):
-        with pytest.raises(ValueError, match="`perturbed_layers` must be in .0, 1."):
+        with pytest.raises(
+            ValueError, match="`perturbed_layers` and `feature_layer` must be in .0, 1., but there is"
+        ):
             model(image, 0.0, perturbed_layers=layers)
 
 
