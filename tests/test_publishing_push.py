@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import huggingface_hub.constants
 import pytest
 import torch
+from conftest import random_model
 from diffusers import EDMEulerScheduler
 from PIL import Image
 from support.hub_server import TOKEN, use
@@ -17,7 +19,7 @@ from support.publishing import PIPELINE_FILES, RECORD, contents
 from support.training_process import train
 
 import train_pet
-from pet_pipeline import PetDiffusionPipeline
+from pet_pipeline import PetDiffusionPipeline, PetLinearProbe
 from pet_pipeline.__main__ import main
 from pet_pipeline.publishing.folder import published_files
 from pet_pipeline.publishing.push import push_folder
@@ -187,6 +189,15 @@ def test_a_second_push_updates_the_repository(hub, saved, pipeline):
         ".gitattributes",
     }
     assert repository.files["samples.png"] == b"another picture"
+    # Components that are optional leave no file behind.
+    probed = PetDiffusionPipeline.from_pipe(pipeline, probe=PetLinearProbe(2, 16), guide=random_model(1))
+    probed.save_pretrained(saved)
+    push_folder(saved, "user/pets")
+    assert {name.partition("/")[0] for name in repository.files} >= {"probe", "guide"}
+    pipeline.save_pretrained(saved)
+    shutil.rmtree(saved / "probe")
+    push_folder(saved, "user/pets")
+    assert not {name.partition("/")[0] for name in repository.files} & {"probe", "guide"}
 
 
 def test_paths_of_this_machine_stay_here(hub, saved, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard
 
+from ..pipeline_pet_loading import PetPipelineMixin
 from .card_evaluation import EVALUATION_END, EVALUATION_START, add_evaluation, read_evaluation
 from .client import check_card, create_repository, full_repo_id, hub_client, hub_id, readable_errors
 from .folder import path_inside, published_files, read_json, read_text, write_json
@@ -53,7 +54,7 @@ def push_folder(
         with readable_errors(repo_id, api):
             check_card(published_card(folder, repo_id), api)
     info = create_repository(repo_id, private, token)
-    folders = {name.rpartition("/")[0] for name in files} - {""}
+    folders = {name.rpartition("/")[0] for name in files} - {""} | {*PetPipelineMixin._optional_components}
     for sibling in info.siblings or []:
         name = sibling.rfilename
         if name not in files and (name.rpartition("/")[0] in folders or name in EVALUATION_FILES):
