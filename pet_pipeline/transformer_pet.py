@@ -566,7 +566,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_layers = len(self.transformer_blocks)
         perturbed_layers = perturbed_layers or ()
         for layer in (*perturbed_layers, *([] if feature_layer is None else [feature_layer])):
-            if layer not in range(num_layers):
+            if not 0 <= layer < num_layers:
                 raise ValueError(
                     "`perturbed_layers` and `feature_layer` must be in "
                     f"[0, {num_layers - 1}], but there is {layer}."

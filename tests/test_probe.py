@@ -1,6 +1,7 @@
 """Classification by features of the denoiser, alone and combined with the errors of denoising."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,13 @@ from pet_pipeline import (
 )
 from pet_pipeline.__main__ import main
 from pet_pipeline.evaluation import calibration
-from pet_pipeline.evaluation.calibration import dataset_features, fit_linear, fit_probe, fit_weights
+from pet_pipeline.evaluation.calibration import (
+    block_features,
+    dataset_features,
+    fit_linear,
+    fit_probe,
+    fit_weights,
+)
 from pet_pipeline.pipeline_pet_classification import METHODS
 from pet_pipeline.training.data import ImageDataset
 
@@ -48,6 +55,9 @@ def test_a_block_returns_its_output(model):
     assert torch.equal(model(images, 0.1, 1, feature_layer=0).sample, first)
     assert len(outputs) == 1  # what follows is not evaluated
     assert torch.equal(model(images, 0.1, 1, feature_layer=1, return_dict=False)[0], second)
+    compiled = torch.compile(model, backend="eager")
+    for layer, expected in enumerate((first, second)):
+        torch.testing.assert_close(compiled(images, 0.1, 1, feature_layer=layer).sample, expected)
     for layer in (2, -1):
         with pytest.raises(ValueError, match="`feature_layer` must be in .0, 1., but there is"):
             model(images, 0.1, feature_layer=layer)
@@ -197,19 +207,31 @@ def grey_images(num_images, seed):
     return ImageDataset((grey + noise).clamp(0, 255).byte(), labels, ["cat", "dog"])
 
 
+def search(informative, *args):
+    """The features of the blocks, of which all but one are noise."""
+    features = block_features(*args)
+    return [
+        each if layer == informative else torch.randn(each.shape, generator=seeded(layer))
+        for layer, each in enumerate(features)
+    ]
+
+
 def test_a_fitted_probe_tells_unseen_images_apart(model, monkeypatch):
     pipe = PetClassificationPipeline(model, AdaptiveEDMScheduler(), id2label={0: "cat", 1: "dog"})
     train, validation, test = (grey_images(number, seed) for seed, number in enumerate((300, 100, 200)))
-    seen = []
-    monkeypatch.setattr(
-        calibration,
-        "dataset_features",
-        lambda pipe, *args: seen.append((len(args[0]), *args[1:3])) or dataset_features(pipe, *args),
-    )
-    monkeypatch.setattr(calibration, "PROBE_SEARCH_IMAGES", 50)
+    features = block_features(pipe, test, 0.3, batch_size=16)
+    for layer in range(2):  # one pass over all blocks gives what one pass for each block gives
+        torch.testing.assert_close(features[layer], dataset_features(pipe, test, layer, [0.3]))
+    assert not any(block._forward_hooks for block in model.transformer_blocks)
+    chosen = []
+    for informative in range(2):
+        with monkeypatch.context() as patch:
+            # Features of the other block that say nothing are not chosen.
+            patch.setattr(calibration, "block_features", partial(search, informative))
+            chosen.append(fit_probe(pipe, train, validation)[0].config.layer)
+    assert chosen == [0, 1]
     probe, scores = fit_probe(pipe, train, validation)
-    assert seen[:4] == [(50, 0, (0.3,)), (100, 0, (0.3,)), (50, 1, (0.3,)), (100, 1, (0.3,))]
-    assert seen[4][0] == 300 and seen[4][2] == tuple(probe.config.sigmas) == (0.1, 0.3)
+    assert tuple(probe.config.sigmas) == calibration.PROBE_SIGMAS
     assert ((scores.argmax(1) == validation.labels).float().mean()) > 0.9
     pipe = PetClassificationPipeline.from_pipe(pipe, probe=probe)
     pipe.set_progress_bar_config(disable=True)

@@ -16,6 +16,7 @@ from ..pipeline_pet_classification import (
     NUM_BANDS,
     ClassificationEvidence,
     PetClassificationPipeline,
+    pool_tokens,
 )
 from ..probe_pet import PetLinearProbe
 from ..training.data import ImageDataset
@@ -159,6 +160,26 @@ def dataset_features(
     )
 
 
+def block_features(
+    pipeline: PetClassificationPipeline, dataset: ImageDataset, sigma: float, batch_size: int = 64
+) -> list[torch.Tensor]:
+    """Returns the [`dataset_features`] of every block at one noise level, by one evaluation of all blocks."""
+    blocks = pipeline.transformer.transformer_blocks
+    found: list[list[torch.Tensor]] = [[] for _ in blocks]
+    hooks = [
+        block.register_forward_hook(
+            lambda module, args, output, parts=parts: parts.append(pool_tokens(output).cpu())
+        )
+        for block, parts in zip(blocks, found)
+    ]
+    try:
+        dataset_features(pipeline, dataset, len(blocks) - 1, [sigma], batch_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [torch.cat(parts) for parts in found]
+
+
 def fit_linear(
     features: torch.Tensor, labels: torch.Tensor, num_classes: int, penalty: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,26 +227,33 @@ def fit_probe(
     """
     num_classes = pipeline.null_class_id
 
-    def fitted(images: ImageDataset, layer: int, sigmas: Sequence[float]) -> tuple[float, Any, torch.Tensor]:
-        features = dataset_features(pipeline, images, layer, sigmas, batch_size)
-        unseen = dataset_features(pipeline, validation, layer, sigmas, batch_size)
+    def fitted(
+        features: torch.Tensor, labels: torch.Tensor, unseen: torch.Tensor
+    ) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns the loss on the held-out images, weights, biases, and the log-odds of the images."""
         candidates = []
         for penalty in PROBE_PENALTIES:
-            weight, bias = fit_linear(features, images.labels, num_classes, penalty)
+            weight, bias = fit_linear(features, labels, num_classes, penalty)
             scores = unseen @ weight.T + bias
             (scale,) = fit_weights(scores[..., None], validation.labels)
             loss = F.cross_entropy(scale * scores, validation.labels).item()
-            candidates.append((loss, (scale * weight, scale * bias), scale * scores))
+            candidates.append((loss, scale * weight, scale * bias, scale * scores))
         return min(candidates, key=lambda candidate: candidate[0])
 
-    few = balanced_subset(train, PROBE_SEARCH_IMAGES)
-    layers = range(pipeline.transformer.config.num_layers)
-    layer = min(layers, key=lambda layer: fitted(few, layer, PROBE_SIGMAS[-1:])[0])
-    _, (weight, bias), scores = fitted(balanced_subset(train, MAX_PROBE_IMAGES), layer, PROBE_SIGMAS)
-    token_dim = weight.shape[1] // (2 * len(PROBE_SIGMAS))
+    few, many = (balanced_subset(train, number) for number in (PROBE_SEARCH_IMAGES, MAX_PROBE_IMAGES))
+    blocks = zip(
+        *(block_features(pipeline, each, PROBE_SIGMAS[-1], batch_size) for each in (few, validation))
+    )
+    losses = [fitted(features, few.labels, unseen)[0] for features, unseen in blocks]
+    layer = losses.index(min(losses))
+    features, unseen = (
+        dataset_features(pipeline, each, layer, PROBE_SIGMAS, batch_size) for each in (many, validation)
+    )
+    _, weight, bias, scores = fitted(features, many.labels, unseen)
+    token_dim = features.shape[1] // (2 * len(PROBE_SIGMAS))
     probe = PetLinearProbe(num_classes, token_dim, layer, list(PROBE_SIGMAS))
     probe.linear.weight.data, probe.linear.bias.data = weight, bias
-    return probe.requires_grad_(False).eval(), scores
+    return probe.requires_grad_(False).eval().to(pipeline._execution_device), scores
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
