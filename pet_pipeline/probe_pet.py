@@ -1,4 +1,4 @@
-"""PetLinearProbe: tells the classes of images apart by what a block of the denoiser makes of them.
+"""PetLinearProbe: tells the classes of images apart by the output of a block of the denoiser.
 
 The features of a denoising network at a low noise level separate classes linearly (Xiang et al. 2023,
 "Denoising Diffusion Autoencoders are Unified Self-supervised Learners"), so that an image is classified by a
