@@ -1,15 +1,17 @@
 """PetTransformer2DModel: a class-conditional linear-attention transformer that denoises small images.
 
-Patch embedding and fixed 2D sinusoidal positions feed a stack of blocks, each a linear attention
-(Katharopoulos et al. 2020) and a gated feed-forward with a depth-wise convolution (Shi 2023, "TransNeXt"),
-both modulated by the noise level and the class through adaLN-zero (Peebles and Xie 2022, "DiT"). The output
-is the sum of a direct linear path from the tokens to the pixels and of a convolutional decoder that refines
-it. With `frequency_variances`, the network learns only what the best linear denoiser does not know.
+The model is an hourglass (Crowson et al. 2024): a residual encoder of fine tokens, a stack of blocks at
+half their resolution, each a linear attention (Katharopoulos et al. 2020) and a gated feed-forward with a
+depth-wise convolution (Shi 2023, "TransNeXt"), and a residual decoder, which also takes the output of the
+encoder. The noise level and the class modulate all blocks (adaLN-zero, Peebles and Xie 2022). Without
+`outer_layers` there is only the stack, beside which a convolutional decoder may work on the pixels. With
+`frequency_variances`, the network learns only what the best linear denoiser does not know.
 
 This file travels inside every saved checkpoint: it imports PyTorch, diffusers and the standard library only.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -27,13 +29,16 @@ from diffusers.models.embeddings import (
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 
-# Arguments of the two sizes; `small` has the defaults.
+# Arguments of the sizes, all of which have an encoder and a decoder in place of convolutions.
+HOURGLASS = {"patch_size": 2, "outer_layers": 1, "decoder_layers": 0}
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": dict(patch_size=4, num_layers=8, num_attention_heads=3, decoder_channels=32, decoder_layers=1),
-    "base": dict(patch_size=2, num_layers=10, num_attention_heads=6, decoder_channels=64, decoder_layers=2),
+    "tiny": dict(num_layers=2, num_attention_heads=1, **HOURGLASS),
+    "small": dict(num_layers=4, num_attention_heads=3, **HOURGLASS),
+    "base": dict(num_layers=12, num_attention_heads=6, **HOURGLASS),
 }
 
 # Smallest and largest value of each argument. The installed package also limits the memory of a loaded model.
@@ -42,13 +47,15 @@ WIDTHS = ("num_attention_heads", "attention_head_dim", "decoder_channels")
 INTEGERS: dict[str, tuple[float, float]] = {
     **dict.fromkeys((*SIZES, *WIDTHS), (1, 1e9)),
     "num_layers": (1, 1000),
-    "decoder_layers": (0, 1000),
+    **dict.fromkeys(("outer_layers", "decoder_layers"), (0, 1000)),
 }
 NUMBERS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("feed_forward_ratio", "sigma_data", "interpolation_scale"), (1e-3, 1e3)),
     "dropout": (0, 0.999),
 }
-CHOICES = {"attention_type": ("linear", "softmax"), "prediction_type": ("epsilon", "v_prediction")}
+
+# Options that earlier versions had, and the value of each that means what all models are now.
+REMOVED = {"attention_type": "linear", "long_skips": False}
 
 
 class PetAttention(nn.Module):
@@ -58,26 +65,17 @@ class PetAttention(nn.Module):
     $o_i = \phi(q_i)^T \sum_j \phi(k_j) v_j^T \, / \, \phi(q_i)^T \sum_j \phi(k_j)$. Queries are not
     normalised, because their length cancels. A 3×3 depth-wise convolution of the values is added to the
     output and restores the locality that linear attention lacks (Han et al. 2023, "FLatten Transformer"). The
-    sums are kept in float32. `"softmax"` is scaled dot-product attention, with normalised queries and keys.
+    sums are kept in float32.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_attention_heads: int,
-        attention_head_dim: int,
-        attention_type: str,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, dim: int, num_attention_heads: int, dropout: float = 0.0, flat: bool = False) -> None:
         super().__init__()
-        inner_dim = num_attention_heads * attention_head_dim
         self.num_attention_heads = num_attention_heads
-        self.attention_type = attention_type
-        self.to_q = nn.Linear(dim, inner_dim, bias=False)
-        self.to_k = nn.Linear(dim, inner_dim, bias=False)
-        self.to_v = nn.Linear(dim, inner_dim, bias=False)
-        self.conv_v = nn.Conv2d(inner_dim, inner_dim, 3, padding=1, groups=inner_dim)
-        self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(dropout)])
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.conv_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=flat), nn.Dropout(dropout)])
 
     def forward(
         self, hidden_states: torch.Tensor, height: int, width: int, perturbed: bool = False
@@ -86,7 +84,7 @@ class PetAttention(nn.Module):
 
         If `perturbed` is true, each token attends only to itself; see [`PetTransformer2DModel.forward`].
         """
-        value = self.to_v(hidden_states)  # (N, T, H*D)
+        value = self.to_v(hidden_states)  # (N, T, dim)
         local = grid_to_tokens(self.conv_v(tokens_to_grid(value, height, width)))
         if perturbed:
             return self.to_out[1](self.to_out[0](value + local))
@@ -94,21 +92,9 @@ class PetAttention(nn.Module):
             x.unflatten(-1, (self.num_attention_heads, -1))  # (N, T, H, D)
             for x in (self.to_q(hidden_states), self.to_k(hidden_states), value)
         )
-        key = rms_normalize(key)
-        if self.attention_type == "linear":
-            attended = linear_attention(query, key, value)
-        else:
-            query, key, value = (
-                x.to(value.dtype).transpose(1, 2) for x in (rms_normalize(query), key, value)
-            )
-            attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-        hidden_states = self.to_out[0](attended.flatten(2).to(local.dtype) + local)
-        return self.to_out[1](hidden_states)
-
-
-def rms_normalize(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Scales vectors `(..., head_dim)` to a root mean square of 1, in float32 (Zhang and Sennrich 2019)."""
-    return F.rms_norm(hidden_states.float(), hidden_states.shape[-1:], eps=1e-6)
+        key = F.rms_norm(key.float(), key.shape[-1:], eps=1e-6)  # Zhang and Sennrich 2019
+        attended = linear_attention(query, key, value)
+        return self.to_out[1](self.to_out[0](attended.flatten(2).to(local.dtype) + local))
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -132,81 +118,82 @@ def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 class PetFeedForward(nn.Module):
-    """Gated feed-forward with a 3×3 depth-wise convolution of its gate (Shi 2023, "TransNeXt")."""
+    """Gated feed-forward with a 3×3 depth-wise convolution of its gate (Shi 2023, "TransNeXt").
 
-    def __init__(self, dim: int, inner_dim: int, dropout: float = 0.0) -> None:
+    Its projections have no biases, which would cost CPUs a pass over memory each. In a `flat` model, they
+    have biases, and the projections to values and gates are one.
+    """
+
+    def __init__(self, dim: int, inner_dim: int, dropout: float = 0.0, flat: bool = False) -> None:
         super().__init__()
-        self.proj_in = nn.Linear(dim, 2 * inner_dim)
+        self.proj_in = nn.Linear(dim, 2 * inner_dim if flat else inner_dim, bias=flat)
+        self.proj_gate = None if flat else nn.Linear(dim, inner_dim, bias=False)
         self.conv = nn.Conv2d(inner_dim, inner_dim, 3, padding=1, groups=inner_dim)
         self.dropout = nn.Dropout(dropout)
-        self.proj_out = nn.Linear(inner_dim, dim)
+        self.proj_out = nn.Linear(inner_dim, dim, bias=flat)
 
     def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Maps `hidden_states` of shape `(batch, height * width, dim)` to the same shape."""
-        hidden_states, gate = self.proj_in(hidden_states).chunk(2, dim=-1)
+        if self.proj_gate is None:
+            hidden_states, gate = self.proj_in(hidden_states).chunk(2, dim=-1)
+        else:
+            hidden_states, gate = self.proj_in(hidden_states), self.proj_gate(hidden_states)
         gate = grid_to_tokens(self.conv(tokens_to_grid(gate, height, width)))
         return self.proj_out(self.dropout(hidden_states * F.silu(gate)))
 
 
 class PetTransformerBlock(nn.Module):
-    """Attention and feed-forward, each modulated and gated by the conditioning (adaLN-zero).
+    """Attention, unless there are no heads, and feed-forward, modulated by the conditioning (adaLN-zero).
 
-    With `long_skip`, the block also takes the output of an earlier block.
+    All blocks share the matrix of their modulation, and each has a bias of its own (Chen et al. 2023,
+    "PixArt-α", section 2.2.2). In a `flat` model, which has no encoder and decoder, each has a matrix too.
     """
 
     def __init__(
         self,
         dim: int,
-        num_attention_heads: int,
-        attention_head_dim: int,
-        attention_type: str,
         feed_forward_dim: int,
+        num_attention_heads: int = 0,
         dropout: float = 0.0,
-        long_skip: bool = False,
+        flat: bool = False,
     ) -> None:
         super().__init__()
-        self.skip_proj = nn.Linear(2 * dim, dim) if long_skip else None
-        self.modulation = nn.Linear(dim, 6 * dim)
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attn = PetAttention(dim, num_attention_heads, attention_head_dim, attention_type, dropout)
+        modulation_dim = (6 if num_attention_heads else 3) * dim
+        self.modulation = nn.Linear(dim, modulation_dim) if flat else None
+        self.modulation_bias = None if flat else nn.Parameter(torch.zeros(modulation_dim))
+        self.norm1, self.attn = None, None
+        if num_attention_heads:
+            self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+            self.attn = PetAttention(dim, num_attention_heads, dropout, flat)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.ff = PetFeedForward(dim, feed_forward_dim, dropout)
+        self.ff = PetFeedForward(dim, feed_forward_dim, dropout, flat)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        conditioning: torch.Tensor,
+        modulation: torch.Tensor,
         height: int,
         width: int,
-        skip_states: torch.Tensor | None = None,
         perturbed: bool = False,
     ) -> torch.Tensor:
-        """Maps `(batch, height * width, dim)` to the same shape, given `(batch, dim)` of conditioning."""
-        if self.skip_proj is not None and skip_states is not None:
-            hidden_states = self.skip_proj(torch.cat([hidden_states, skip_states], dim=-1))
-        modulation = self.modulation(F.silu(conditioning)).unsqueeze(1)  # (N, 1, 6D)
-        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
-        attn_input = self.norm1(hidden_states) * (1 + scale_attn) + shift_attn
-        hidden_states = hidden_states + gate_attn * self.attn(attn_input, height, width, perturbed)
-        ff_input = self.norm2(hidden_states) * (1 + scale_ff) + shift_ff
-        return hidden_states + gate_ff * self.ff(ff_input, height, width)
+        """Maps `(batch, height * width, dim)` to the same shape.
 
-
-class PetResidualBlock(nn.Module):
-    """Pre-activation residual block of two 3×3 convolutions at constant width (He et al. 2016)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(num_groups(channels), channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(num_groups(channels), channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Maps `(batch, channels, height, width)` to the same shape."""
-        residual = self.conv1(F.silu(self.norm1(hidden_states)))
-        residual = self.conv2(F.silu(self.norm2(residual)))
-        return hidden_states + residual
+        `modulation` is what the shared matrix gives, `(batch, 6 * dim)`, of which a block without heads takes
+        the second half. A block of a flat model takes the conditioning `(batch, dim)`.
+        """
+        if self.modulation is not None:
+            modulation = self.modulation(modulation)
+        if self.modulation_bias is not None:
+            modulation = modulation[:, -len(self.modulation_bias) :] + self.modulation_bias
+        parts = modulation.unsqueeze(1).split(hidden_states.shape[-1], dim=-1)
+        *attn_parts, shift, scale, gate = parts  # (N, 1, dim) each
+        if self.norm1 is not None and self.attn is not None:
+            shift_attn, scale_attn, gate_attn = attn_parts
+            attn_input = torch.addcmul(shift_attn, self.norm1(hidden_states), 1 + scale_attn)
+            attended = self.attn(attn_input, height, width, perturbed)
+            hidden_states = torch.addcmul(hidden_states, gate_attn, attended)
+        ff_input = torch.addcmul(shift, self.norm2(hidden_states), 1 + scale)
+        return torch.addcmul(hidden_states, gate, self.ff(ff_input, height, width))
 
 
 class PetDecoder(nn.Module):
@@ -222,8 +209,11 @@ class PetDecoder(nn.Module):
         self.token_factor = patch_size // self.pixel_factor
         self.proj_in = nn.Linear(dim, channels * self.token_factor**2)
         self.conv_skip = nn.Conv2d(in_channels * self.pixel_factor**2, channels, 3, padding=1)
-        self.blocks = nn.ModuleList([PetResidualBlock(channels) for _ in range(num_layers)])
-        self.norm_out = nn.GroupNorm(num_groups(channels), channels)
+        # Groups of at least 8 channels, at most 32 of them.
+        groups = next(g for g in range(min(32, max(1, channels // 8)), 0, -1) if channels % g == 0)
+        block = {"in_channels": channels, "temb_channels": None, "groups": groups, "eps": 1e-5}
+        self.blocks = nn.ModuleList([ResnetBlock2D(**block) for _ in range(num_layers)])
+        self.norm_out = nn.GroupNorm(groups, channels)
         self.conv_out = nn.Conv2d(channels, in_channels * self.pixel_factor**2, 3, padding=1)
 
     def forward(self, tokens: torch.Tensor, image: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -233,7 +223,7 @@ class PetDecoder(nn.Module):
         hidden_states = hidden_states + self.conv_skip(F.pixel_unshuffle(image, self.pixel_factor))
         hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
-            hidden_states = block(hidden_states)
+            hidden_states = block(hidden_states, None)
         hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))
         return F.pixel_shuffle(hidden_states, self.pixel_factor)
 
@@ -275,11 +265,6 @@ def restore_patches(coefficients: torch.Tensor, matrix: torch.Tensor, patch_size
         return F.pixel_shuffle(torch.einsum("kc,nkhw->nchw", matrix, coefficients), patch_size)
 
 
-def num_groups(channels: int) -> int:
-    """Groups of at least 8 channels, at most 32 of them, that divide `channels`."""
-    return next(groups for groups in range(min(32, max(1, channels // 8)), 0, -1) if channels % groups == 0)
-
-
 def check_config(config: FrozenDict) -> None:
     """Raises `ValueError` if an argument of [`PetTransformer2DModel`] is out of range, and names it."""
     for ranges, kind, kind_name in ((INTEGERS, int, "an integer"), (NUMBERS, (int, float), "a number")):
@@ -287,15 +272,13 @@ def check_config(config: FrozenDict) -> None:
             value = config[name]
             if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
                 raise ValueError(f"`{name}` must be {kind_name} in [{low:g}, {high:g}], but is {value!r}.")
-    for name, choices in CHOICES.items():
-        if config[name] not in choices:
-            raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {config[name]!r}.")
-    if not isinstance(config.long_skips, bool):
-        raise ValueError(f"`long_skips` must be true or false, but is {config.long_skips!r}.")
-    if config.sample_size % config.patch_size:
+    prediction_type = config.prediction_type
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"`prediction_type` must be epsilon or v_prediction, but is {prediction_type!r}.")
+    if config.sample_size % (config.patch_size * (2 if config.outer_layers else 1)):
         raise ValueError(
-            f"`patch_size` must divide `sample_size`, but {config.patch_size} does not divide "
-            f"{config.sample_size}."
+            "`patch_size`, or with `outer_layers` twice the patch size, must divide `sample_size`, but "
+            f"`patch_size` is {config.patch_size} and `sample_size` is {config.sample_size}."
         )
     dim = config.num_attention_heads * config.attention_head_dim
     if dim % 4:
@@ -324,17 +307,16 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     Args:
         sample_size (`int`, defaults to 32): height and width of the training images in pixels. Images of
-            other multiples of the patch size work too: their positions span the range of the training grid.
+            other multiples of the patch size (twice the patch size with `outer_layers`) work too: their
+            positions span the range of the training grid.
         in_channels (`int`, defaults to 3): channels of the noisy image and of the prediction.
         num_classes (`int`, defaults to 2): classes, the null class not counted.
         patch_size (`int`, defaults to 4): pixels per token side; must divide `sample_size`.
+        outer_layers (`int`, defaults to 0): blocks of the encoder, and as many of the decoder.
         num_layers (`int`, defaults to 8): transformer blocks.
         num_attention_heads (`int`, defaults to 3): attention heads.
         attention_head_dim (`int`, defaults to 64): channels per head, so that tokens have heads × head_dim.
-        attention_type (`str`, defaults to `"linear"`): `"linear"` or `"softmax"`.
         feed_forward_ratio (`float`, defaults to 2.5): width of the feed-forward over that of the tokens.
-        long_skips (`bool`, defaults to `False`): concatenate the outputs of the first half of the stack to
-            the inputs of the second (U-ViT, Bao et al. 2023).
         decoder_channels (`int`, defaults to 32): width of the convolutional decoder.
         decoder_layers (`int`, defaults to 1): residual blocks of the decoder; with 0 there is none.
         dropout (`float`, defaults to 0.0): dropout inside the blocks.
@@ -364,12 +346,11 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         in_channels: int = 3,
         num_classes: int = 2,
         patch_size: int = 4,
+        outer_layers: int = 0,
         num_layers: int = 8,
         num_attention_heads: int = 3,
         attention_head_dim: int = 64,
-        attention_type: str = "linear",
         feed_forward_ratio: float = 2.5,
-        long_skips: bool = False,
         decoder_channels: int = 32,
         decoder_layers: int = 1,
         dropout: float = 0.0,
@@ -390,13 +371,18 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
         self.time_embedding = TimestepEmbedding(256, inner_dim)
         self.class_embedding = nn.Embedding(num_classes + 1, inner_dim)
-        heads = (num_attention_heads, attention_head_dim, attention_type)
-        feed_forward_dim = int(inner_dim * feed_forward_ratio)
-        # The i-th block from the end takes the output of the i-th block from the start.
-        skips = [long_skips and index >= num_layers - num_layers // 2 for index in range(num_layers)]
-        self.transformer_blocks = nn.ModuleList(
-            [PetTransformerBlock(inner_dim, *heads, feed_forward_dim, dropout, skip) for skip in skips]
-        )
+
+        def blocks(number: int, num_heads: int) -> nn.ModuleList:
+            options = (inner_dim, int(inner_dim * feed_forward_ratio), num_heads, dropout, not outer_layers)
+            return nn.ModuleList([PetTransformerBlock(*options) for _ in range(number)])
+
+        self.encoder_blocks = blocks(outer_layers, 0)
+        self.transformer_blocks = blocks(num_layers, num_attention_heads)
+        self.decoder_blocks = blocks(outer_layers, 0)
+        if outer_layers:
+            self.modulation = nn.Linear(inner_dim, 6 * inner_dim, bias=False)
+            self.merge = nn.Linear(4 * inner_dim, inner_dim)
+            self.split = nn.Linear(inner_dim, 4 * inner_dim)
         self.norm_out = nn.LayerNorm(inner_dim, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(inner_dim, 2 * inner_dim)
         self.proj_out = nn.Linear(inner_dim, patch_size**2 * in_channels)
@@ -410,7 +396,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Builds an untrained model of a named size; `kwargs` override arguments of the preset.
 
         Args:
-            preset (`str`): `"small"` (patch 4, for two CPU cores) or `"base"` (patch 2, for a GPU).
+            preset (`str`): `"tiny"` (for tests), `"small"` (for two CPU cores) or `"base"` (for a GPU).
 
         Raises:
             ValueError: if there is no such preset.
@@ -444,6 +430,12 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         config = super()._dict_from_json_file(json_file)
         if not isinstance(config, dict):  # a string would be taken for a repository to ask for another one
             raise ValueError(f"{str(json_file)!r} must hold a JSON object.")
+        for name, value in REMOVED.items():
+            if config.pop(name, value) != value:
+                raise ValueError(
+                    f"{str(json_file)!r} has a `{name}` that only earlier versions know: load the folder "
+                    "with its own code, by `DiffusionPipeline.from_pretrained` and `trust_remote_code=True`."
+                )
         return config
 
     def initialize_weights(self) -> None:
@@ -458,28 +450,28 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         # Classes that start too close are distinguished late. The null class starts between them.
         nn.init.normal_(self.class_embedding.weight, std=0.5)
         nn.init.zeros_(self.class_embedding.weight[-1])
-        zeros: list[nn.Module] = [self.modulation_out, self.proj_out]
-        for module in self.modules():
-            if isinstance(module, PetTransformerBlock):
-                zeros.append(module.modulation)
-                if module.skip_proj is not None:  # at first the identity on the trunk
-                    module.skip_proj.weight.data = torch.eye(*module.skip_proj.weight.shape)
-            elif isinstance(module, (PetResidualBlock, PetDecoder)):
-                zeros.append(module.conv2 if isinstance(module, PetResidualBlock) else module.conv_out)
-        for parameter in nn.ModuleList(zeros).parameters():
-            nn.init.zeros_(parameter)
+        for name, parameter in self.named_parameters():
+            if re.search(r"modulation|^proj_out|decoder.*(conv2|conv_out)\.", name):
+                nn.init.zeros_(parameter)
 
-    def position_embedding(
-        self, height: int, width: int, device: str | torch.device | None = None
+    def add_positions(
+        self, hidden_states: torch.Tensor, height: int, width: int, pixels: int
     ) -> torch.Tensor:
-        """Returns 2D sinusoidal positions, `(height * width, dim)`, in the range of the training grid's."""
-        return get_2d_sincos_pos_embed(
-            self.config.num_attention_heads * self.config.attention_head_dim,
+        """Adds 2D sinusoidal positions, in the range of the training grid's, to tokens `pixels` wide."""
+        positions = get_2d_sincos_pos_embed(
+            hidden_states.shape[-1],
             (height, width),
             interpolation_scale=self.config.interpolation_scale,
-            base_size=self.config.sample_size // self.config.patch_size,
-            device=device,
-        ).float()
+            base_size=self.config.sample_size // pixels,
+            device=hidden_states.device,
+        )
+        return hidden_states + positions.to(hidden_states.dtype)
+
+    def run_block(self, block: nn.Module, *inputs: Any) -> torch.Tensor:
+        """Calls a block, and keeps no activations inside it if gradient checkpointing is on."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
 
     def precondition(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         r"""Scales of each frequency: EDM's preconditioning (Karras et al. 2022, equation 7) for its variance.
@@ -517,7 +509,8 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, in_channels, height, width)`): preconditioned
-                noisy images $c_{in} x$; height and width must be multiples of the patch size.
+                noisy images $c_{in} x$; height and width must be multiples of the patch size, or of twice the
+                patch size with `outer_layers`.
             timestep (`torch.Tensor` of shape `(batch,)` or scalar): $c_{noise} = \ln(\sigma) / 4$, best in
                 float32.
             class_labels (`torch.Tensor` of shape `(batch,)` or scalar, *optional*): integers in
@@ -537,11 +530,18 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         batch, channels, image_height, image_width = hidden_states.shape
         patch_size = self.config.patch_size
-        if channels != self.config.in_channels or image_height % patch_size or image_width % patch_size:
+        multiple = patch_size * (2 if self.config.outer_layers else 1)
+        if channels != self.config.in_channels or image_height % multiple or image_width % multiple:
             raise ValueError(
                 f"`hidden_states` must have {self.config.in_channels} channels, and a height and width that "
-                f"{patch_size} divides, but is of shape {tuple(hidden_states.shape)}."
+                f"{multiple} divides, but is of shape {tuple(hidden_states.shape)}."
             )
+        perturbed_layers, last = perturbed_layers or (), len(self.transformer_blocks) - 1
+        for layer in (*perturbed_layers, *([] if feature_layer is None else [feature_layer])):
+            if not 0 <= layer <= last:
+                raise ValueError(
+                    f"`perturbed_layers` and `feature_layer` must be in [0, {last}], but there is {layer}."
+                )
         height, width = image_height // patch_size, image_width // patch_size
         timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1).expand(batch)
         if self.config.frequency_variances is not None:
@@ -558,35 +558,32 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         conditioning = self.time_embedding(frequencies.to(hidden_states.dtype))
         class_labels = self.config.num_classes if class_labels is None else class_labels
         class_labels = torch.as_tensor(class_labels, device=hidden_states.device).reshape(-1).expand(batch)
-        conditioning = conditioning + self.class_embedding(class_labels).to(conditioning)  # (N, D)
+        conditioning = F.silu(conditioning + self.class_embedding(class_labels).to(conditioning))  # (N, D)
 
-        hidden_states = self.patch_embed(hidden_states)  # (N, T, D)
-        positions = self.position_embedding(height, width, hidden_states.device)
-        hidden_states = hidden_states + positions.to(hidden_states.dtype)
-        num_layers = len(self.transformer_blocks)
-        perturbed_layers = perturbed_layers or ()
-        for layer in (*perturbed_layers, *([] if feature_layer is None else [feature_layer])):
-            if not 0 <= layer < num_layers:
-                raise ValueError(
-                    "`perturbed_layers` and `feature_layer` must be in "
-                    f"[0, {num_layers - 1}], but there is {layer}."
-                )
-        skips: list[torch.Tensor] = []
+        hidden_states = self.add_positions(self.patch_embed(hidden_states), height, width, patch_size)
+        modulation, grid = conditioning, (height, width)
+        if self.config.outer_layers:
+            modulation, grid = self.modulation(conditioning), (height // 2, width // 2)
+            for block in self.encoder_blocks:
+                hidden_states = self.run_block(block, hidden_states, modulation, height, width)
+            skip_states = hidden_states
+            hidden_states = F.pixel_unshuffle(tokens_to_grid(hidden_states, height, width), 2)
+            hidden_states = self.add_positions(self.merge(grid_to_tokens(hidden_states)), *grid, multiple)
         for index, block in enumerate(self.transformer_blocks):
-            skip_states = skips.pop() if block.skip_proj is not None else None
-            inputs = (hidden_states, conditioning, height, width, skip_states, index in perturbed_layers)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, *inputs)
-            else:
-                hidden_states = block(*inputs)
+            is_perturbed = index in perturbed_layers
+            hidden_states = self.run_block(block, hidden_states, modulation, *grid, is_perturbed)
             if index == feature_layer:
                 return Transformer2DModelOutput(sample=hidden_states) if return_dict else (hidden_states,)
-            if self.config.long_skips and index < num_layers // 2:
-                skips.append(hidden_states)
+        if self.config.outer_layers:
+            hidden_states = F.pixel_shuffle(tokens_to_grid(self.split(hidden_states), *grid), 2)
+            hidden_states = grid_to_tokens(hidden_states)
+            hidden_states = hidden_states + skip_states.to(hidden_states.device)
+            for block in self.decoder_blocks:
+                hidden_states = self.run_block(block, hidden_states, modulation, height, width)
 
         # `.to`: a device map may have put these tensors on several devices.
         hidden_states = self.norm_out(hidden_states)
-        modulation = self.modulation_out(F.silu(conditioning)).to(hidden_states.device)
+        modulation = self.modulation_out(conditioning).to(hidden_states.device)
         shift, scale = modulation.unsqueeze(1).chunk(2, dim=-1)
         hidden_states = hidden_states * (1 + scale) + shift
         sample = F.pixel_shuffle(tokens_to_grid(self.proj_out(hidden_states), height, width), patch_size)

@@ -20,13 +20,15 @@ torch.set_num_threads(1)
 
 TINY = {
     "sample_size": 8,
-    "patch_size": 4,
+    "patch_size": 2,
+    "outer_layers": 1,
     "num_layers": 2,
     "num_attention_heads": 2,
     "attention_head_dim": 8,
-    "decoder_channels": 8,
-    "decoder_layers": 1,
+    "decoder_layers": 0,
 }
+# The kind of the bundled model: patches of 4, without encoder and decoder, but with convolutions.
+FLAT = {"patch_size": 4, "outer_layers": 0, "decoder_layers": 1, "decoder_channels": 8}
 
 
 def random_model(seed: int = 0, **kwargs) -> PetTransformer2DModel:

@@ -293,7 +293,7 @@ def test_names_are_no_markup(model):
 
 
 def test_a_copy_of_a_training_image_is_told(pipeline):
-    samples = tasks.sample(pipeline, ["cat"], 2, 0, SampleSettings(2))
+    samples = tasks.sample(pipeline, ["cat"], 2, 0, SampleSettings(4))
     known = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
     assert "0 of the 2 samples count as copies" in html.neighbors_html(samples, known)
     known[7] = pixels(samples.rows["cat"][1]).permute(2, 0, 1).flip(-1).byte()  # mirrored

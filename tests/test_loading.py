@@ -373,9 +373,9 @@ def test_a_pipeline_cannot_be_a_component(saved, tmp_path, monkeypatch, library)
         ({"num_classes": 10**9}, r"parameters, but this configuration has 16,000,0\d\d,\d\d\d \(64 GB"),
         ({"attention_head_dim": 10**6}, "parameters, but this configuration has"),
         ({"attention_head_dim": 10**9}, "cannot be built from its configuration: RuntimeError: Storage size"),
-        ({"decoder_channels": 10**6}, "parameters, but this configuration has"),
+        ({"decoder_layers": 1, "decoder_channels": 10**6}, "parameters, but this configuration has"),
         (
-            {"sample_size": 64, "patch_size": 64, "frequency_variances": 12288 * [1.0]},
+            {"sample_size": 128, "patch_size": 64, "frequency_variances": 12288 * [1.0]},
             "must be at most 4,096, but is 12,288",
         ),
         ({"num_layers": "8"}, "`num_layers` must be an integer"),

@@ -38,8 +38,9 @@ def test_every_parameter_has_one_optimizer():
         assert {id(p) for p in stepped} == {id(p) for module in (model, loss) for p in module.parameters()}
         assert {group["weight_decay"] for group in optimizer.param_groups} == {0.125}
     both = optimizers["muon"]
-    matrices = [p for p in model.transformer_blocks.parameters() if p.ndim == 2]
-    assert len(matrices) > 4
+    blocks = [*model.encoder_blocks, *model.transformer_blocks, *model.decoder_blocks]
+    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
+    assert len(matrices) == 2 * 7 + 2 * 3
     assert {id(p) for p in both.muon.param_groups[0]["params"]} == {id(p) for p in matrices}
     assert [group["lr"] for group in both.muon.param_groups] == [0.5]
     for adamw in (both.adamw, optimizers["adamw"]):

@@ -100,9 +100,9 @@ def test_swapped_classes_swap_the_answer():
         assert first["dark"] == pytest.approx(second["bright"], abs=1e-4)
 
 
-def test_an_answer_is_repeatable_and_does_not_depend_on_its_batch(model):
+def test_an_answer_is_repeatable_and_does_not_depend_on_its_batch():
     pipe = PetClassificationPipeline(
-        model,
+        random_model(5),
         AdaptiveEDMScheduler(),
         id2label={0: "cat", 1: "dog"},
         calibration={"weights": [300.0] * NUM_BANDS},  # answers between sure and unsure

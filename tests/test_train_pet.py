@@ -41,7 +41,7 @@ def test_a_run_leaves_a_pipeline_that_loads_and_draws(finished_run):
 def test_a_run_measures_the_frequencies_of_its_images(finished_run, image_folder, tmp_path):
     config = PetDiffusionPipeline.from_pretrained(finished_run).transformer.config
     images = stratified_split(load_image_dataset(str(image_folder), ["cat", "dog"], 8), 0.1)[0].images
-    assert config.frequency_variances == frequency_variances(images, 4)
+    assert config.frequency_variances == frequency_variances(images, 2)
     train(image_folder, tmp_path / "out", max_train_steps=1, **{"no-frequency_preconditioning": True})
     plain = PetDiffusionPipeline.from_pretrained(tmp_path / "out").transformer
     assert plain.config.frequency_variances is None
@@ -174,7 +174,8 @@ def test_fine_tuning_at_another_size(finished_run, image_folder, tmp_path):
     [
         ({"classes": ["cat", "unicorn"]}, "no class 'unicorn'"),
         ({"dataset_name": "/nowhere/at-all"}, "cannot be loaded"),
-        ({"resolution": 10}, "`patch_size` must divide the height and width of the images, but 4 does not"),
+        ({"resolution": 10}, "twice the patch size, must divide `sample_size`, but `patch_size` is 2 and"),
+        ({"resolution": 9}, "`patch_size` must divide the height and width of the images, but 2 does not"),
         ({"resume_from_checkpoint": "latest"}, "no checkpoint"),
     ],
 )

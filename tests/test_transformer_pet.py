@@ -1,6 +1,8 @@
+import json
+
 import pytest
 import torch
-from conftest import TINY, random_model
+from conftest import FLAT, TINY, random_model
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -15,12 +17,12 @@ from pet_pipeline.transformer_pet import (
 )
 
 
-# Of 4×4 patches of three channels, from far above the variance 0.25 that EDM assumes to none at all.
-VARIANCES = [*torch.logspace(1, -5, 47).tolist(), 0.0]
+# Of 2×2 patches of three channels, from far above the variance 0.25 that EDM assumes to none at all.
+VARIANCES = [*torch.logspace(1, -5, 11).tolist(), 0.0]
 
 
 def test_a_perturbed_layer_sees_only_what_is_near():
-    model = random_model(num_layers=1, decoder_layers=0, patch_size=1)
+    model = random_model(num_layers=1, outer_layers=0, patch_size=1)
     images = torch.randn(1, 3, 8, 8)
     other = images.clone()
     other[..., 0, 0] += 1
@@ -36,25 +38,28 @@ def test_a_perturbed_layer_sees_only_what_is_near():
 
 
 def test_a_lone_token_attends_to_itself_in_any_case():
-    model = random_model(attention_type="softmax", sample_size=4)
-    image = torch.randn(1, 3, 4, 4)
-    torch.testing.assert_close(
-        model(image, 0.0, perturbed_layers=[0, 1]).sample, model(image, 0.0).sample, rtol=1e-4, atol=1e-5
-    )
+    layer = PetAttention(16, 2)
+    for projection in (layer.to_q, layer.to_k):
+        projection.weight.data.abs_()  # linear attention of a token without positive features is zero
+    token = torch.rand(3, 1, 16)
+    torch.testing.assert_close(layer(token, 1, 1, perturbed=True), layer(token, 1, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_do_not_exist_are_refused(model):
     for layers in ([2], [-1], [0, 5]):
         with pytest.raises(
             ValueError, match="`perturbed_layers` and `feature_layer` must be in .0, 1., but there is"
         ):
-            model(image, 0.0, perturbed_layers=layers)
+            model(torch.randn(1, 3, 8, 8), 0.0, perturbed_layers=layers)
 
 
 def test_presets_are_of_the_stated_size():
-    small = PetTransformer2DModel.from_preset("small", num_classes=2)
-    assert 4e6 <= small.num_parameters() <= 8e6
     with torch.device("meta"):
-        base = PetTransformer2DModel.from_preset("base", num_classes=2)
+        tiny, small, base = (PetTransformer2DModel.from_preset(name) for name in ("tiny", "small", "base"))
+    assert tiny.num_parameters() <= 1e6
+    assert 2e6 <= small.num_parameters() <= 6e6
     assert 20e6 <= base.num_parameters() <= 28e6
-    with pytest.raises(ValueError, match="small, base"):
+    with pytest.raises(ValueError, match="tiny, small, base"):
         PetTransformer2DModel.from_preset("huge")
 
 
@@ -72,17 +77,19 @@ def test_linear_attention_equals_its_quadratic_formula():
     ("config", "image_size"),
     [
         ({}, 8),
-        ({"sample_size": 16, "patch_size": 2}, 16),
         ({"sample_size": 32}, 32),
         ({"sample_size": 64, "patch_size": 8}, 64),
-        ({"sample_size": 9, "patch_size": 3, "in_channels": 1, "num_classes": 100}, 9),
+        ({"sample_size": 6, "patch_size": 3, "in_channels": 1, "num_classes": 100}, 6),
         ({"in_channels": 4, "num_classes": 1}, 8),
-        ({"patch_size": 1}, 8),
-        ({"decoder_layers": 0, "long_skips": True, "num_layers": 3}, 8),
-        ({"attention_type": "softmax", "dropout": 0.1}, 8),
+        ({"patch_size": 1, "dropout": 0.1}, 8),
+        ({"outer_layers": 3, "num_layers": 1}, 8),
+        ({"outer_layers": 0}, 8),
         ({}, 16),  # trained at 8, used at 16
+        (FLAT, 8),
+        ({**FLAT, "sample_size": 9, "patch_size": 3}, 9),
+        ({**FLAT, "outer_layers": 2}, 8),
         ({"frequency_variances": VARIANCES}, 16),
-        ({"frequency_variances": [1.0, 0.1, 0.1, 0.01], "patch_size": 2, "in_channels": 1}, 8),
+        ({"frequency_variances": [1.0, 0.1, 0.1, 0.01], "in_channels": 1}, 8),
     ],
 )
 def test_shapes_and_gradients(config, image_size):
@@ -98,13 +105,46 @@ def test_shapes_and_gradients(config, image_size):
 
 
 def test_untrained_output_is_zero_and_learns_at_once():
-    model = PetTransformer2DModel(**TINY)
+    for kind in ({}, FLAT):
+        model = PetTransformer2DModel(**{**TINY, **kind})
+        images = torch.randn(2, 3, 8, 8)
+        output = model(images, torch.zeros(2), torch.zeros(2, dtype=torch.long)).sample
+        assert output.abs().max() == 0
+        (output - images).square().mean().backward()
+        assert model.proj_out.weight.grad.abs().max() > 0
+        assert model.decoder is None or model.decoder.conv_out.weight.grad.abs().max() > 0
+
+
+def test_encoder_and_decoder_are_outside_the_core():
+    model = random_model(outer_layers=2, num_layers=3)
+    shapes = []
+    for block in (*model.encoder_blocks, *model.transformer_blocks, *model.decoder_blocks):
+        block.register_forward_hook(lambda block, args, output: shapes.append(tuple(output.shape)))
     images = torch.randn(2, 3, 8, 8)
-    output = model(images, torch.zeros(2), torch.zeros(2, dtype=torch.long)).sample
-    assert output.abs().max() == 0
-    (output - images).square().mean().backward()
-    assert model.proj_out.weight.grad.abs().max() > 0
-    assert model.decoder.conv_out.weight.grad.abs().max() > 0
+    output = model(images, 0.1, torch.tensor([0, 1])).sample
+    assert shapes == 2 * [(2, 16, 16)] + 3 * [(2, 4, 16)] + 2 * [(2, 16, 16)]
+    # What the encoder knows reaches the decoder beside the core too.
+    model.split.weight.data.zero_()
+    model.split.bias.data.zero_()
+    beside = model(images, 0.1, torch.tensor([0, 1])).sample
+    assert beside.std() > 1e-3 and (beside - output).abs().max() > 1e-3
+    other = images.clone()
+    other[..., 0, 0] += 1
+    change = (model(other, 0.1, torch.tensor([0, 1])).sample - beside).abs()
+    assert change[..., :2, :2].amin() > 0
+
+
+def test_a_convolution_of_the_encoder_reaches_one_token_far():
+    model = random_model(sample_size=32, outer_layers=1)
+    model.split.weight.data.zero_()  # the core is without effect
+    model.decoder_blocks[0].ff.conv.weight.data[..., [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0
+    images = torch.randn(1, 3, 32, 32)
+    other = images.clone()
+    other[..., 16, 16] += 1
+    change = (model(images, 0.1).sample - model(other, 0.1).sample).abs().amax((0, 1))
+    assert change[14:20, 14:20].amin() > 0
+    change[14:20, 14:20] = 0
+    assert change.amax() < 1e-6
 
 
 def test_cosine_transform_is_orthonormal_and_separates_brightness_from_colour():
@@ -123,12 +163,12 @@ def test_cosine_transform_is_orthonormal_and_separates_brightness_from_colour():
 def test_frequency_variances_are_those_of_the_images():
     generator = torch.Generator().manual_seed(0)
     variances = torch.tensor(VARIANCES)
-    coefficients = torch.randn(1100, 48, 2, 2, generator=generator) * variances.sqrt().reshape(-1, 1, 1)
-    images = restore_patches(coefficients, dct_matrix(3, 4), 4)
-    measured = torch.tensor(frequency_variances(images, 4))
+    coefficients = torch.randn(1100, 12, 4, 4, generator=generator) * variances.sqrt().reshape(-1, 1, 1)
+    images = restore_patches(coefficients, dct_matrix(3, 2), 2)
+    measured = torch.tensor(frequency_variances(images, 2))
     torch.testing.assert_close(measured, variances, rtol=0.1, atol=1e-9)
     pixels = torch.randint(256, (10, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    assert frequency_variances(pixels, 4) == frequency_variances(pixels / 127.5 - 1, 4)
+    assert frequency_variances(pixels, 2) == frequency_variances(pixels / 127.5 - 1, 2)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -137,8 +177,8 @@ def test_untrained_model_is_the_best_linear_denoiser_of_its_frequencies(sigma, p
     model = PetTransformer2DModel(**TINY, frequency_variances=VARIANCES, prediction_type=prediction_type)
     scheduler = AdaptiveEDMScheduler(prediction_type=prediction_type)
     variances = torch.tensor(VARIANCES).reshape(-1, 1, 1)
-    coefficients = torch.randn(4, 48, 2, 2) * variances.sqrt()
-    images = restore_patches(coefficients, dct_matrix(3, 4), 4)
+    coefficients = torch.randn(4, 12, 4, 4) * variances.sqrt()
+    images = restore_patches(coefficients, dct_matrix(3, 2), 2)
     noisy = images + sigma * torch.randn_like(images)
     sigmas = torch.tensor([sigma]).reshape(1, 1, 1, 1)
     with torch.no_grad():
@@ -147,29 +187,29 @@ def test_untrained_model_is_the_best_linear_denoiser_of_its_frequencies(sigma, p
         ).sample
     denoised = scheduler.precondition_outputs(noisy, output, sigmas)
     variances = variances.clamp(min=1e-6)  # no frequency counts as free of noise
-    expected = transform_patches(noisy, dct_matrix(3, 4), 4) * variances / (variances + sigma**2)
-    expected = restore_patches(expected, dct_matrix(3, 4), 4)
+    expected = transform_patches(noisy, dct_matrix(3, 2), 2) * variances / (variances + sigma**2)
+    expected = restore_patches(expected, dct_matrix(3, 2), 2)
     torch.testing.assert_close(denoised, expected, rtol=1e-3, atol=1e-5 * max(1, sigma))
 
 
 def test_layers_work_at_unit_variance_at_every_noise_level():
     model = PetTransformer2DModel(**TINY, frequency_variances=VARIANCES)
     variances = torch.tensor(VARIANCES).clamp(min=1e-6).reshape(-1, 1, 1)
-    coefficients = torch.randn(2000, 48, 2, 2) * variances.sqrt()
+    coefficients = torch.randn(2000, 12, 2, 2) * variances.sqrt()
     for sigma in (0.002, 0.1, 1.0, 80.0):
         noisy = coefficients + sigma * torch.randn_like(coefficients)
         c_in, c_out = (sigma**2 + 0.25) ** -0.5, 0.5 * sigma * (sigma**2 + 0.25) ** -0.5
         target = (coefficients - 0.25 / (sigma**2 + 0.25) * noisy) / c_out
         scale_in, scale_skip, scale_out = model.precondition(torch.tensor([sigma]).log() / 4)
         for values in (c_in * noisy * scale_in, (target - scale_skip * c_in * noisy) / scale_out):
-            torch.testing.assert_close(values.square().mean((0, 2, 3)), torch.ones(48), rtol=0.1, atol=0)
+            torch.testing.assert_close(values.square().mean((0, 2, 3)), torch.ones(12), rtol=0.1, atol=0)
 
 
 def test_equal_frequency_variances_change_nothing():
     images, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 2])
     timestep = torch.tensor([-1.5, 0.0, 1.0])
     expected = random_model()(images, timestep, labels).sample
-    output = random_model(frequency_variances=48 * [0.25])(images, timestep, labels).sample
+    output = random_model(frequency_variances=12 * [0.25])(images, timestep, labels).sample
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -185,11 +225,13 @@ def test_conditioning_reaches_the_output(model):
 
 def test_positions_tell_rows_from_columns():
     model = random_model(sample_size=16)
-    positions = model.position_embedding(4, 4)  # (T, D)
+    positions = model.add_positions(torch.zeros(1, 16, 8), 4, 4, pixels=4)[0]  # (T, D)
     distances = torch.cdist(positions, positions) + 100 * torch.eye(len(positions))
     assert distances.min() > 0.1
     grid = positions.unflatten(0, (4, 4))
     assert (grid - grid.transpose(0, 1)).abs().max() > 0.5
+    finer = model.add_positions(torch.zeros(1, 64, 8), 8, 8, pixels=4)[0].unflatten(0, (8, 8))
+    torch.testing.assert_close(finer[::2, ::2], grid)  # an image of twice the size spans the same range
 
 
 def test_layers_are_not_shared():
@@ -200,7 +242,7 @@ def test_layers_are_not_shared():
 
 
 def test_gradient_checkpointing_changes_nothing():
-    model = random_model(long_skips=True).train()
+    model = random_model().train()
     images, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
 
     def gradients() -> list[torch.Tensor]:
@@ -218,23 +260,7 @@ def test_gradient_checkpointing_changes_nothing():
 
     model._gradient_checkpointing_func = watched_checkpoint
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients()))
-    assert blocks == list(model.transformer_blocks)
-
-
-def test_softmax_attention_is_softmax():
-    torch.manual_seed(0)
-    layer = PetAttention(16, 2, 8, "softmax")
-    torch.nn.init.zeros_(layer.conv_v.weight)
-    torch.nn.init.zeros_(layer.conv_v.bias)
-    hidden_states = torch.randn(2, 4, 16)
-    query, key, value = (
-        projection(hidden_states).view(2, 4, 2, 8).transpose(1, 2)
-        for projection in (layer.to_q, layer.to_k, layer.to_v)
-    )
-    query, key = (x / x.square().mean(-1, keepdim=True).sqrt() for x in (query, key))
-    attended = (query @ key.transpose(2, 3) / 8**0.5).softmax(-1) @ value
-    expected = layer.to_out[0](attended.transpose(1, 2).flatten(2))
-    torch.testing.assert_close(layer(hidden_states, 2, 2), expected, rtol=1e-3, atol=1e-4)
+    assert blocks == [*model.encoder_blocks, *model.transformer_blocks, *model.decoder_blocks]
 
 
 def test_dropout_drops():
@@ -242,20 +268,6 @@ def test_dropout_drops():
     images, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
     first, second = (model(images, torch.zeros(2), labels).sample for _ in range(2))
     assert not torch.equal(first, second)
-
-
-def test_long_skips_pair_the_outermost_blocks():
-    model = random_model(num_layers=4, long_skips=True)
-    inputs, outputs = [], []
-
-    def watch(block, args, output) -> None:
-        inputs.append(args[4])
-        outputs.append(output)
-
-    for block in model.transformer_blocks:
-        block.register_forward_hook(watch)
-    model(torch.randn(2, 3, 8, 8), torch.zeros(2), torch.tensor([0, 1]))
-    assert inputs[:2] == [None, None] and inputs[2] is outputs[1] and inputs[3] is outputs[0]
 
 
 @pytest.mark.parametrize("variances", [None, VARIANCES])
@@ -275,23 +287,23 @@ def test_bfloat16_is_close_to_float32(timestep, variances):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"patch_size": 3}, "`patch_size` must divide `sample_size`"),
+        ({"patch_size": 3}, "must divide `sample_size`, but `patch_size` is 3"),
         ({"num_layers": 0}, "`num_layers`"),
         ({"num_classes": -1}, "`num_classes`"),
         ({"in_channels": 1.5}, "`in_channels`"),
-        ({"attention_type": "quadratic"}, "`attention_type`"),
         ({"num_attention_heads": 1, "attention_head_dim": 6}, "multiple of 4"),
         ({"dropout": 1.0}, "`dropout`"),
         ({"decoder_layers": -1}, "`decoder_layers`"),
         ({"feed_forward_ratio": 0}, "`feed_forward_ratio`"),
         ({"feed_forward_ratio": "2"}, r"`feed_forward_ratio` must be a number in .*, but is '2'"),
-        ({"long_skips": "no"}, "`long_skips`"),
+        ({"outer_layers": True}, "`outer_layers` must be an integer"),
+        ({"sample_size": 10}, "twice the patch size, must divide `sample_size`"),
         ({"sigma_data": 0}, "`sigma_data` must be a number in"),
         ({"prediction_type": "sample"}, "`prediction_type`"),
-        ({"frequency_variances": 47 * [1.0]}, "`frequency_variances` must be 48 numbers"),
-        ({"frequency_variances": 47 * [1.0] + [-1.0]}, "`frequency_variances` must be 48 numbers"),
-        ({"frequency_variances": 47 * [1.0] + ["1"]}, "`frequency_variances` must be 48 numbers"),
-        ({"frequency_variances": 1.0}, "`frequency_variances` must be 48 numbers"),
+        ({"frequency_variances": 11 * [1.0]}, "`frequency_variances` must be 12 numbers"),
+        ({"frequency_variances": 11 * [1.0] + [-1.0]}, "`frequency_variances` must be 12 numbers"),
+        ({"frequency_variances": 11 * [1.0] + ["1"]}, "`frequency_variances` must be 12 numbers"),
+        ({"frequency_variances": 1.0}, "`frequency_variances` must be 12 numbers"),
         ({"num_layers": 1001}, r"`num_layers` must be an integer in \[1, 1000\], but is 1001"),
     ],
 )
@@ -324,10 +336,12 @@ def output_of(model: PetTransformer2DModel) -> torch.Tensor:
 def test_lora_adds_trains_saves_loads_fuses_and_deletes(model, tmp_path):
     plain = output_of(model)
     model.requires_grad_(False)
-    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "ff.proj_in", "ff.proj_gate", "ff.proj_out"]
+    model.add_adapter(LoraConfig(r=4, target_modules=layers))
     torch.testing.assert_close(output_of(model), plain)  # a new adapter starts at zero
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) == 2 * 4 * 2 and all("lora" in name for name in trained)
+    # Two matrices for each of 2 × 4 layers of attention and 4 × 3 of feed-forwards.
+    assert len(trained) == 2 * (2 * 4 + 4 * 3) and all("lora" in name for name in trained)
     optimizer = torch.optim.Adam(trained.values(), lr=0.01)
     for _ in range(5):
         model(torch.randn(2, 3, 8, 8), 0.1, torch.tensor([0, 1])).sample.square().mean().backward()
@@ -421,3 +435,16 @@ def test_weights_that_are_missing_or_pickled_are_refused(tmp_path):
     torch.save(weights, tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):
         PetTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_options_of_earlier_versions_are_read_or_refused(tmp_path):
+    random_model(**FLAT).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "attention_type": "linear", "long_skips": False}))
+    loaded = PetTransformer2DModel.from_pretrained(tmp_path)
+    assert torch.equal(output_of(loaded), output_of(random_model(**FLAT)))
+    for option in ({"attention_type": "softmax"}, {"long_skips": True}):
+        path.write_text(json.dumps({**config, **option}))
+        with pytest.raises(ValueError, match=f"`{next(iter(option))}` that only earlier versions know: load"):
+            PetTransformer2DModel.from_pretrained(tmp_path)

@@ -81,14 +81,13 @@ def render_model_card(
     if report.validation_loss is not None:
         loss = report.validation_loss
         results = [eval_result(dataset_id, "train", "validation_loss", "validation loss", loss)]
-    linear = config.attention_type == "linear"
     card_data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=TASK,
         license="apache-2.0",
         datasets=[dataset_id] if dataset_id else None,
         base_model=base_model,
-        tags=["diffusers", "class-conditional", "edm"] + (["linear-attention"] if linear else []),
+        tags=["diffusers", "class-conditional", "edm", "linear-attention"],
         model_name=title if results else None,
         eval_results=results or None,
     )

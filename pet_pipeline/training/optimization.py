@@ -14,6 +14,10 @@ import torch
 from torch import nn
 
 
+# Where Muon finds the matrices of a denoiser.
+MATRIX_BLOCKS = ("encoder_blocks", "transformer_blocks", "decoder_blocks")
+
+
 class BatchedMuon(torch.optim.Muon):
     """`torch.optim.Muon` that steps all matrices of one shape together, and computes in float32 on CPUs.
 
@@ -136,8 +140,8 @@ def create_optimizer(
 ) -> MuonAdamW | torch.optim.AdamW:
     """Creates the optimizer that the options of `train_pet.py` describe.
 
-    Muon steps the matrices in the `transformer_blocks` of the denoiser. AdamW steps its other parameters and
-    the learned weighting of the loss.
+    Muon steps the matrices in the blocks of the denoiser, which are the lists of `MATRIX_BLOCKS` that it has.
+    AdamW steps its other parameters and the learned weighting of the loss.
     """
     parameters = [p for module in (model, loss) for p in module.parameters() if p.requires_grad]
     adamw_options = {
@@ -147,8 +151,8 @@ def create_optimizer(
     }
     if args.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=args.learning_rate, **adamw_options)
-    blocks = model.get_submodule("transformer_blocks")
-    matrices = [p for p in blocks.parameters() if p.requires_grad and p.ndim == 2]
+    blocks = [getattr(model, name) for name in MATRIX_BLOCKS if hasattr(model, name)]
+    matrices = [p for part in blocks for p in part.parameters() if p.requires_grad and p.ndim == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in parameters if id(p) not in chosen]
     return MuonAdamW(matrices, rest, args.muon_learning_rate, args.learning_rate, **adamw_options)

@@ -1,8 +1,8 @@
 """Measures speeds, as ratios within one run; prints Markdown tables.
 
     python tests/benchmarks/measure_speed.py attention     # linear against softmax attention, by tokens
-    python tests/benchmarks/measure_speed.py presets       # both presets, eager and compiled
-    python tests/benchmarks/measure_speed.py baselines     # `small` and the two baselines
+    python tests/benchmarks/measure_speed.py presets       # all presets, eager and compiled
+    python tests/benchmarks/measure_speed.py baselines     # `small`, now and before, and two baselines
     python tests/benchmarks/measure_speed.py optimizer     # Muon, ours against PyTorch's
     python tests/benchmarks/measure_speed.py sampling      # the bundled model by kind of guidance
     python tests/benchmarks/measure_speed.py start         # from the start of the process to the first image
@@ -11,6 +11,7 @@ Run it while nothing else runs.
 """
 
 import argparse
+import json
 import resource
 import subprocess
 import sys
@@ -19,13 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from compare_recipes import FLAT
 from diffusers.models.modeling_utils import ModelMixin
 from train_baseline import DiTBaseline, UNetBaseline, forward_flops
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, PetTransformer2DModel
 from pet_pipeline.evaluation.images import GeneratedImages, generate_images
 from pet_pipeline.training.optimization import BatchedMuon
-from pet_pipeline.transformer_pet import PetAttention
+from pet_pipeline.transformer_pet import PetAttention, grid_to_tokens, tokens_to_grid
 
 
 def best_seconds(function: Callable[[], object], repeats: int = 5) -> float:
@@ -39,11 +42,30 @@ def best_seconds(function: Callable[[], object], repeats: int = 5) -> float:
     return min(times)
 
 
-def attention_seconds(attention_type: str, tokens: int) -> tuple[float, float]:
+class SoftmaxAttention(PetAttention):
+    """The same layer with scaled dot-product attention, whose queries are normalised too."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, height: int, width: int, perturbed: bool = False
+    ) -> torch.Tensor:
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+            for projection in (self.to_q, self.to_k, self.to_v)
+        )
+        query, key = (F.rms_norm(x, x.shape[-1:], eps=1e-6) for x in (query, key))
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        grid = tokens_to_grid(value.transpose(1, 2).flatten(2), height, width)
+        return self.to_out[0](attended + grid_to_tokens(self.conv_v(grid)))
+
+
+ATTENTION = {"linear": PetAttention, "softmax": SoftmaxAttention}
+
+
+def attention_seconds(kind: str, tokens: int) -> tuple[float, float]:
     """Seconds of forward, and of forward and backward, of one attention layer of the preset `small`."""
     torch.manual_seed(0)
     batch, side = max(1, 4096 // tokens), int(tokens**0.5)
-    layer = PetAttention(192, 3, 64, attention_type)
+    layer = ATTENTION[kind](192, 3)
     hidden_states = torch.randn(batch, tokens, 192, requires_grad=True)
 
     @torch.no_grad()
@@ -56,7 +78,7 @@ def attention_seconds(attention_type: str, tokens: int) -> tuple[float, float]:
     return best_seconds(forward), best_seconds(backward)
 
 
-def peak_memory(attention_type: str, tokens: int) -> float:
+def peak_memory(kind: str, tokens: int) -> float:
     """MiB that forward and backward add to the memory of a process of their own, at their peak; on Linux."""
     code = (
         f"import ctypes, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
@@ -65,7 +87,7 @@ def peak_memory(attention_type: str, tokens: int) -> float:
         "ctypes.CDLL(None).malloc_trim(0)\n"  # what this first run no longer needs
         "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak begins anew
         "before = memory('VmRSS')\n"
-        f"attention_seconds({attention_type!r}, {tokens})\n"
+        f"attention_seconds({kind!r}, {tokens})\n"
         "print(memory('VmHWM') - before)\n"
     )
     return float(
@@ -93,11 +115,13 @@ def measure_attention() -> None:
 
 
 def measure_presets() -> None:
-    print("| preset | mode | training step, images/s | forward, images/s |\n|---|---|---|---|")
-    for preset, batch in (("small", 64), ("base", 8)):
+    print("| preset | parameters | GFLOP | mode | training step, images/s | forward, images/s |")
+    print("|---" * 6 + "|")
+    for preset, batch in (("tiny", 64), ("small", 64), ("base", 16)):
         for compiled in (False, True):
             torch.manual_seed(0)
             model = PetTransformer2DModel.from_preset(preset)
+            size = f"{model.num_parameters() / 1e6:.2f} M | {forward_flops(model) / 1e9:.2f}"
             if compiled:
                 model.compile()
             images, timesteps = torch.randn(batch, 3, 32, 32), torch.zeros(batch)
@@ -112,7 +136,7 @@ def measure_presets() -> None:
 
             step, sample = best_seconds(backward), best_seconds(forward)
             mode = "compiled" if compiled else "eager"
-            print(f"| `{preset}` | {mode} | {batch / step:.1f} | {batch / sample:.1f} |", flush=True)
+            print(f"| `{preset}` | {size} | {mode} | {batch / step:.1f} | {batch / sample:.1f} |", flush=True)
 
 
 def measure_baselines() -> None:
@@ -120,8 +144,14 @@ def measure_baselines() -> None:
     print("| model | parameters | GFLOP | training step, images/s | evaluations | seconds per image |")
     print("|---" * 6 + "|")
     # Preconditioned by frequency, as by default; with these variances it changes nothing.
-    small = PetTransformer2DModel.from_preset("small", frequency_variances=[0.25] * 48)
-    for model in (small, DiTBaseline(), UNetBaseline()):
+    small = PetTransformer2DModel.from_preset("small", frequency_variances=[0.25] * 12)
+    flat = PetTransformer2DModel(**json.loads(FLAT), frequency_variances=[0.25] * 48)
+    for name, model in (
+        ("`small`", small),
+        ("the former `small`", flat),
+        ("DiT", DiTBaseline()),
+        ("UNet", UNetBaseline()),
+    ):
 
         def backward(model: ModelMixin = model) -> None:
             model(*images, return_dict=False)[0].square().mean().backward()
@@ -132,7 +162,7 @@ def measure_baselines() -> None:
         runs = [generate_images(pipeline, 64, guidance_scale=1.0) for _ in range(3)]
         size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         cells = f"{size:.2f} M | {forward_flops(model) / 1e9:.2f} | {rate:.1f} | {runs[0].evaluations:.0f}"
-        print(f"| {type(model).__name__} | {cells} | {min(run.seconds for run in runs):.3f} |", flush=True)
+        print(f"| {name} | {cells} | {min(run.seconds for run in runs):.3f} |", flush=True)
 
 
 def measure_optimizer() -> None:

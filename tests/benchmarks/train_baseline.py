@@ -4,7 +4,7 @@
     python tests/benchmarks/train_baseline.py unet --optimizer adamw …
 
 The first argument chooses the model; all others are those of `train_pet.py`: same data, noise, loss,
-optimizer, EMA. Both models are scaled to the FLOPs per image of the preset `small`, as
+optimizer, EMA. Both models need about seven eighths of the FLOPs of the preset `small`, as
 `measure_speed.py baselines` shows.
 """
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "train_pet.py"
 
 # A model that trains in milliseconds.
-TINY = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8, "decoder_channels": 8}
+TINY = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8}
 
 # Every process is forked from one that has imported everything, which takes longer than the training.
 PROCESSES = multiprocessing.get_context("forkserver")
