@@ -4,8 +4,8 @@ The model is an hourglass (Crowson et al. 2024): a residual encoder of fine toke
 half their resolution, each a linear attention (Katharopoulos et al. 2020) and a gated feed-forward with a
 depth-wise convolution (Shi 2023, "TransNeXt"), and a residual decoder, which also takes the output of the
 encoder. The noise level and the class modulate all blocks (adaLN-zero, Peebles and Xie 2022). Without
-`outer_layers` there is only the stack, beside which a convolutional decoder may work on the pixels. With
-`frequency_variances`, the network learns only what the best linear denoiser does not know.
+`outer_layers` there is only the stack. With `decoder_layers`, a convolutional decoder works beside all this.
+With `frequency_variances`, the network learns only what the best linear denoiser does not know.
 
 This file travels inside every saved checkpoint: it imports PyTorch, diffusers and the standard library only.
 """
@@ -33,7 +33,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 
-# Arguments of the sizes, all of which have an encoder and a decoder in place of convolutions.
+# Arguments of the sizes. The defaults of the model are of none of them: folders of 0.1 rely on the defaults.
 HOURGLASS = {"patch_size": 2, "outer_layers": 1, "decoder_layers": 0}
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(num_layers=2, num_attention_heads=1, **HOURGLASS),
@@ -146,7 +146,7 @@ class PetTransformerBlock(nn.Module):
     """Attention, unless there are no heads, and feed-forward, modulated by the conditioning (adaLN-zero).
 
     All blocks share the matrix of their modulation, and each has a bias of its own (Chen et al. 2023,
-    "PixArt-α", section 2.2.2). In a `flat` model, which has no encoder and decoder, each has a matrix too.
+    "PixArt-α", section 2.3). In a `flat` model, without encoder and decoder, each has its own matrix instead.
     """
 
     def __init__(
@@ -184,7 +184,9 @@ class PetTransformerBlock(nn.Module):
         if self.modulation is not None:
             modulation = self.modulation(modulation)
         if self.modulation_bias is not None:
-            modulation = modulation[:, -len(self.modulation_bias) :] + self.modulation_bias
+            # Autocast would leave the bias, and with it all that is modulated, in float32.
+            bias = self.modulation_bias.to(modulation.dtype)
+            modulation = modulation[:, -len(bias) :] + bias
         parts = modulation.unsqueeze(1).split(hidden_states.shape[-1], dim=-1)
         *attn_parts, shift, scale, gate = parts  # (N, 1, dim) each
         if self.norm1 is not None and self.attn is not None:
@@ -311,14 +313,15 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             positions span the range of the training grid.
         in_channels (`int`, defaults to 3): channels of the noisy image and of the prediction.
         num_classes (`int`, defaults to 2): classes, the null class not counted.
-        patch_size (`int`, defaults to 4): pixels per token side; must divide `sample_size`.
+        patch_size (`int`, defaults to 4): pixels per token side. It must divide `sample_size`, and with
+            `outer_layers` twice the patch size must.
         outer_layers (`int`, defaults to 0): blocks of the encoder, and as many of the decoder.
         num_layers (`int`, defaults to 8): transformer blocks.
         num_attention_heads (`int`, defaults to 3): attention heads.
         attention_head_dim (`int`, defaults to 64): channels per head, so that tokens have heads × head_dim.
         feed_forward_ratio (`float`, defaults to 2.5): width of the feed-forward over that of the tokens.
         decoder_channels (`int`, defaults to 32): width of the convolutional decoder.
-        decoder_layers (`int`, defaults to 1): residual blocks of the decoder; with 0 there is none.
+        decoder_layers (`int`, defaults to 1): residual blocks of that decoder; with 0 there is none.
         dropout (`float`, defaults to 0.0): dropout inside the blocks.
         frequency_variances (`list[float]`, *optional*): mean square of each cosine coefficient of the data's
             patches, `in_channels * patch_size**2` values that the training measures. The layers then see
@@ -433,7 +436,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for name, value in REMOVED.items():
             if config.pop(name, value) != value:
                 raise ValueError(
-                    f"{str(json_file)!r} has a `{name}` that only earlier versions know: load the folder "
+                    f"{str(json_file)!r} sets `{name}`, which only earlier versions know: load the folder "
                     "with its own code, by `DiffusionPipeline.from_pretrained` and `trust_remote_code=True`."
                 )
         return config

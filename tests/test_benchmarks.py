@@ -34,7 +34,7 @@ def test_every_run_is_a_model_that_train_pet_would_train(name):
 @pytest.mark.parametrize("baseline", train_baseline.BASELINES.values())
 def test_baselines_have_about_the_flops_of_small(baseline):
     ours = train_baseline.forward_flops(PetTransformer2DModel.from_preset("small"))
-    assert 0.85 < train_baseline.forward_flops(baseline()) / ours < 0.9
+    assert 0.8 < train_baseline.forward_flops(baseline()) / ours < 1
 
 
 @pytest.mark.parametrize("name", train_baseline.BASELINES)

@@ -124,7 +124,7 @@ def test_the_classifier_is_measured(monkeypatch):
 
 
 def test_a_point_of_the_curve_is_what_the_classifier_finds_with_so_many_evaluations():
-    model = random_model(1, attention_head_dim=4)
+    model = random_model(1, attention_head_dim=4)  # it has many different accuracies
     # Grey from black to white: the random model's choice changes with the grey and the noise level.
     images = torch.linspace(0, 255, 40).byte().view(40, 1, 1, 1).repeat(1, 3, 8, 8)
     dataset = ImageDataset(images, (torch.arange(40) < 17).long(), ["0", "1"])

@@ -48,6 +48,11 @@ def test_every_parameter_has_one_optimizer():
         assert (group["lr"], group["betas"], group["eps"]) == (0.25, (0.5, 0.75), 1e-5)
 
 
+def test_muon_without_matrices_is_one_error():
+    with pytest.raises(ValueError, match="Muon finds no matrix to step.* Use --optimizer adamw"):
+        create_optimizer(options(optimizer="muon"), torch.nn.Linear(2, 2), BalancedAdaptiveLoss())
+
+
 def test_equals_its_two_parts_and_survives_saving():
     def parameters():
         generator = torch.Generator().manual_seed(0)

@@ -102,7 +102,7 @@ def test_swapped_classes_swap_the_answer():
 
 def test_an_answer_is_repeatable_and_does_not_depend_on_its_batch():
     pipe = PetClassificationPipeline(
-        random_model(5),
+        random_model(5),  # it decides some images early and some late
         AdaptiveEDMScheduler(),
         id2label={0: "cat", 1: "dog"},
         calibration={"weights": [300.0] * NUM_BANDS},  # answers between sure and unsure

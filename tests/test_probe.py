@@ -218,7 +218,7 @@ def search(informative, *args):
 
 
 def test_a_fitted_probe_tells_unseen_images_apart(monkeypatch):
-    model = random_model(attention_head_dim=16)
+    model = random_model(attention_head_dim=16)  # wide enough for features that tell the classes apart
     pipe = PetClassificationPipeline(model, AdaptiveEDMScheduler(), id2label={0: "cat", 1: "dog"})
     train, validation, test = (grey_images(number, seed) for seed, number in enumerate((300, 100, 200)))
     features = block_features(pipe, test, 0.3, batch_size=16)

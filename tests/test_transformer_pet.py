@@ -21,6 +21,12 @@ from pet_pipeline.transformer_pet import (
 VARIANCES = [*torch.logspace(1, -5, 11).tolist(), 0.0]
 
 
+@pytest.fixture(params=[{}, FLAT], ids=["hourglass", "flat"])
+def model(request) -> PetTransformer2DModel:
+    """Both kinds: that of the presets, and that of the bundled model."""
+    return random_model(**request.param)
+
+
 def test_a_perturbed_layer_sees_only_what_is_near():
     model = random_model(num_layers=1, outer_layers=0, patch_size=1)
     images = torch.randn(1, 3, 8, 8)
@@ -134,6 +140,36 @@ def test_encoder_and_decoder_are_outside_the_core():
     assert change[..., :2, :2].amin() > 0
 
 
+def test_a_block_of_the_encoder_is_a_modulated_feed_forward():
+    block = random_model().encoder_blocks[0]
+    hidden_states, modulation = torch.randn(2, 16, 16), torch.randn(2, 96)
+    shift, scale, gate = (modulation[:, 48:] + block.modulation_bias).unsqueeze(1).chunk(3, dim=-1)
+    normalized = torch.nn.functional.layer_norm(hidden_states, (16,), eps=1e-6)
+    expected = hidden_states + gate * block.ff(normalized * (1 + scale) + shift, 4, 4)
+    torch.testing.assert_close(block(hidden_states, modulation, 4, 4), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_of_both_resolutions_span_the_image(monkeypatch):
+    model, grids = random_model(), []
+
+    def watched(hidden_states, height, width, pixels):
+        grids.append((height, width, pixels))
+        return hidden_states
+
+    monkeypatch.setattr(model, "add_positions", watched)
+    model(torch.randn(1, 3, 16, 8), 0.1)
+    assert grids == [(8, 4, 2), (4, 2, 4)]
+
+
+def test_autocast_keeps_the_tokens_in_its_precision(model):
+    kinds = []
+    for block in (*model.encoder_blocks, *model.transformer_blocks, *model.decoder_blocks):
+        block.register_forward_hook(lambda block, args, output: kinds.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(1, 3, 8, 8), 0.1)
+    assert set(kinds) == {torch.bfloat16}
+
+
 def test_a_convolution_of_the_encoder_reaches_one_token_far():
     model = random_model(sample_size=32, outer_layers=1)
     model.split.weight.data.zero_()  # the core is without effect
@@ -241,8 +277,8 @@ def test_layers_are_not_shared():
     assert len(set(pointers)) == len(pointers)
 
 
-def test_gradient_checkpointing_changes_nothing():
-    model = random_model().train()
+def test_gradient_checkpointing_changes_nothing(model):
+    model.train()
     images, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
 
     def gradients() -> list[torch.Tensor]:
@@ -315,7 +351,7 @@ def test_bad_configurations_name_the_argument(config, message):
 def test_bad_images_are_refused(model):
     with pytest.raises(ValueError, match="must have 3 channels"):
         model(torch.randn(1, 1, 8, 8), 0.0)
-    with pytest.raises(ValueError, match="that 4 divides"):
+    with pytest.raises(ValueError, match="that 4 divides"):  # the patch size, or twice the patch size
         model(torch.randn(1, 3, 10, 8), 0.0)
 
 
@@ -334,14 +370,15 @@ def output_of(model: PetTransformer2DModel) -> torch.Tensor:
 
 
 def test_lora_adds_trains_saves_loads_fuses_and_deletes(model, tmp_path):
-    plain = output_of(model)
+    plain, weights = output_of(model), model.state_dict()
     model.requires_grad_(False)
     layers = ["to_q", "to_k", "to_v", "to_out.0", "ff.proj_in", "ff.proj_gate", "ff.proj_out"]
     model.add_adapter(LoraConfig(r=4, target_modules=layers))
     torch.testing.assert_close(output_of(model), plain)  # a new adapter starts at zero
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # Two matrices for each of 2 × 4 layers of attention and 4 × 3 of feed-forwards.
-    assert len(trained) == 2 * (2 * 4 + 4 * 3) and all("lora" in name for name in trained)
+    # Two matrices for each of 2 × 4 layers of attention, and of 4 × 3 layers of feed-forwards, or 2 × 2.
+    num_feed_forward = 4 * 3 if model.config.outer_layers else 2 * 2
+    assert len(trained) == 2 * (2 * 4 + num_feed_forward) and all("lora" in name for name in trained)
     optimizer = torch.optim.Adam(trained.values(), lr=0.01)
     for _ in range(5):
         model(torch.randn(2, 3, 8, 8), 0.1, torch.tensor([0, 1])).sample.square().mean().backward()
@@ -351,7 +388,8 @@ def test_lora_adds_trains_saves_loads_fuses_and_deletes(model, tmp_path):
     assert (adapted - plain).abs().max() > 1e-3
     model.save_lora_adapter(tmp_path)
 
-    other = random_model()
+    other = PetTransformer2DModel.from_config(model.config).eval()
+    other.load_state_dict(weights)
     other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
     torch.testing.assert_close(output_of(other), adapted)
     other.fuse_lora()
@@ -446,5 +484,7 @@ def test_options_of_earlier_versions_are_read_or_refused(tmp_path):
     assert torch.equal(output_of(loaded), output_of(random_model(**FLAT)))
     for option in ({"attention_type": "softmax"}, {"long_skips": True}):
         path.write_text(json.dumps({**config, **option}))
-        with pytest.raises(ValueError, match=f"`{next(iter(option))}` that only earlier versions know: load"):
+        with pytest.raises(
+            ValueError, match=f"`{next(iter(option))}`, which only earlier versions know: load"
+        ):
             PetTransformer2DModel.from_pretrained(tmp_path)

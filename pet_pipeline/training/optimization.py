@@ -135,13 +135,22 @@ class MuonAdamW(torch.optim.Optimizer):
         self.param_groups = self.muon.param_groups + self.adamw.param_groups
 
 
+def block_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the trainable matrices in the lists of `MATRIX_BLOCKS` that a denoiser has."""
+    blocks = [getattr(model, name) for name in MATRIX_BLOCKS if hasattr(model, name)]
+    return [p for part in blocks for p in part.parameters() if p.requires_grad and p.ndim == 2]
+
+
 def create_optimizer(
     args: argparse.Namespace, model: nn.Module, loss: nn.Module
 ) -> MuonAdamW | torch.optim.AdamW:
     """Creates the optimizer that the options of `train_pet.py` describe.
 
-    Muon steps the matrices in the blocks of the denoiser, which are the lists of `MATRIX_BLOCKS` that it has.
-    AdamW steps its other parameters and the learned weighting of the loss.
+    Muon steps the [`block_matrices`] of the denoiser. AdamW steps its other parameters, the shared modulation
+    among them, and the learned weighting of the loss.
+
+    Raises:
+        ValueError: if Muon is asked for and finds no matrix.
     """
     parameters = [p for module in (model, loss) for p in module.parameters() if p.requires_grad]
     adamw_options = {
@@ -151,8 +160,12 @@ def create_optimizer(
     }
     if args.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=args.learning_rate, **adamw_options)
-    blocks = [getattr(model, name) for name in MATRIX_BLOCKS if hasattr(model, name)]
-    matrices = [p for part in blocks for p in part.parameters() if p.requires_grad and p.ndim == 2]
+    matrices = block_matrices(model)
+    if not matrices:
+        raise ValueError(
+            f"Muon finds no matrix to step, since the model has none of {', '.join(MATRIX_BLOCKS)}. Use "
+            "--optimizer adamw."
+        )
     chosen = {id(p) for p in matrices}
     rest = [p for p in parameters if id(p) not in chosen]
     return MuonAdamW(matrices, rest, args.muon_learning_rate, args.learning_rate, **adamw_options)

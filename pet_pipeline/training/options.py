@@ -192,7 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--muon_learning_rate",
         type=float,
         default=0.02,
-        help="learning rate of Muon, for the matrices of the transformer blocks",
+        help="learning rate of Muon, for the matrices of the blocks of the denoiser",
     )
     add("--learning_rate", type=float, default=0.003, help="learning rate of AdamW")
     add(

@@ -27,7 +27,7 @@ from train_baseline import DiTBaseline, UNetBaseline, forward_flops
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, PetTransformer2DModel
 from pet_pipeline.evaluation.images import GeneratedImages, generate_images
-from pet_pipeline.training.optimization import BatchedMuon
+from pet_pipeline.training.optimization import BatchedMuon, block_matrices
 from pet_pipeline.transformer_pet import PetAttention, grid_to_tokens, tokens_to_grid
 
 
@@ -169,7 +169,7 @@ def measure_optimizer() -> None:
     print("| preset | `torch.optim.Muon`, ms a step | `BatchedMuon` | ratio |\n|---|---|---|---|")
     for preset in ("small", "base"):
         model = PetTransformer2DModel.from_preset(preset)
-        matrices = [p for p in model.transformer_blocks.parameters() if p.ndim == 2]
+        matrices = block_matrices(model)
         for matrix in matrices:
             matrix.grad = torch.randn_like(matrix)
         theirs, ours = (
