@@ -124,15 +124,13 @@ def run(args: argparse.Namespace) -> None:
     ids = label_ids(pipeline, names)
     call_arguments = settings.call_arguments(pipeline)
     digests = model_digests(pipeline)
+    warning = None
     if args.like is not None:
         kept = image_settings(args.like)
         # The same weights in another precision have another digest.
         is_other = any(kept.get(name, digest) != digest for name, digest in digests.items())
         if kept.get("dtype") == args.dtype and is_other:
-            print(
-                f"pet-pipeline: {args.like} was drawn by a model with other weights; --model names the model",
-                file=sys.stderr,
-            )
+            warning = f"{args.like} was drawn by a model with other weights; --model names the model"
 
     out = Path(args.out)
     rows: list[list[Image.Image]] = [[] for _ in names]
@@ -168,6 +166,8 @@ def run(args: argparse.Namespace) -> None:
         picture.save(out / "steps.png")
         pictures.append("steps.png")
     print(f"{len(names) * args.num_samples} images, {' and '.join(pictures)} are in {out}.")
+    if warning is not None:  # not above an error that has the same cause
+        print(f"pet-pipeline: {warning}", file=sys.stderr)
 
 
 def file_stem(name: str, label_id: int) -> str:
