@@ -399,7 +399,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Builds an untrained model of a named size; `kwargs` override arguments of the preset.
 
         Args:
-            preset (`str`): `"tiny"` (for tests), `"small"` (for two CPU cores) or `"base"` (for a GPU).
+            preset (`str`): `"tiny"` (for trials), `"small"` (for two CPU cores) or `"base"` (for a GPU).
 
         Raises:
             ValueError: if there is no such preset.
