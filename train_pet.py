@@ -49,6 +49,7 @@ from pet_pipeline.training.checkpointing import (
     read_description,
     save_checkpoint,
 )
+from pet_pipeline.training.consistency import ConsistencyTeacher, consistency_weights
 from pet_pipeline.training.data import (
     ImageDataset,
     describe_split,
@@ -57,7 +58,7 @@ from pet_pipeline.training.data import (
     split_dataset,
     to_model_range,
 )
-from pet_pipeline.training.denoiser import create_denoiser
+from pet_pipeline.training.denoiser import create_denoiser, pipeline_defaults
 from pet_pipeline.training.hardware import create_accelerator
 from pet_pipeline.training.log import TrainingLog
 from pet_pipeline.training.losses import BalancedAdaptiveLossOutput, DenoiserWithLoss
@@ -77,6 +78,7 @@ class Training:
 
     accelerator: Accelerator
     transformer: PetTransformer2DModel
+    teacher: ConsistencyTeacher | None  # for the objective `consistency`
     model: torch.nn.Module  # the prepared `DenoiserWithLoss`, which contains the transformer
     scheduler: AdaptiveEDMScheduler
     optimizer: torch.optim.Optimizer
@@ -143,6 +145,9 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
 
     # Model, loss, optimizer, and the pipeline of the averaged weights
     transformer, scheduler = create_denoiser(args, pretrained, train_set, earlier.get("model"))
+    teacher = None
+    if args.objective == "consistency" and pretrained is not None:
+        teacher = ConsistencyTeacher(pretrained.to(accelerator.device))
     description = describe_training(args, transformer, describe_split(train_set, held_out_set))
     check_description(earlier, description)
     if args.gradient_checkpointing:
@@ -163,7 +168,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
         type(transformer).from_config(transformer.config).to(accelerator.device).eval(),
         AdaptiveEDMScheduler.from_config(scheduler.config),
         id2label=dict(enumerate(train_set.class_names)),
-        pag_scale=0.0 if pretrained is None else pretrained.config.pag_scale,
+        **pipeline_defaults(args, pretrained),
     )
     if args.torch_compile:
         transformer.compile()
@@ -192,6 +197,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     return Training(
         accelerator=accelerator,
         transformer=transformer,
+        teacher=teacher,
         model=model,
         scheduler=scheduler,
         optimizer=optimizer,
@@ -200,7 +206,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
         ema=ema,
         log=log,
         results=TrainingResults(
-            args, accelerator, state, log, ema, pipeline, model_card, train_set, held_out_set
+            args, accelerator, state, log, ema, pipeline, model_card, train_set, held_out_set, teacher
         ),
         lock=lock,
         description=description,
@@ -232,6 +238,9 @@ def compute_losses(
     sigmas, weights = scheduler.sample_training_sigmas(len(images), device=images.device).to_tuple()
     timesteps = scheduler.precondition_noise(sigmas)
     noisy_images = scheduler.add_noise(images, torch.randn_like(images), timesteps)
+    if training.teacher is not None:
+        images = training.teacher.target(training.transformer, scheduler, noisy_images, labels, sigmas)
+        weights = weights * consistency_weights(sigmas, scheduler.config.sigma_data)
     model_input = scheduler.precondition_inputs(noisy_images, sigmas)
     target = scheduler.training_target(images, noisy_images, sigmas)
     return sigmas, training.model(model_input, timesteps, labels, target, sigmas, weights)

@@ -15,7 +15,7 @@ This file travels inside every saved checkpoint: it imports PyTorch, diffusers, 
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -142,15 +142,14 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
 
     def check_inputs(
         self,
-        guidance_scale: float,
-        guidance_schedule: str | Callable[[float], float],
-        guidance_interval: tuple[float, float],
-        pag_scale: float,
-        autoguidance_scale: float,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
+        guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
+        output_type: str = "pil",
+        callback_on_step_end_tensor_inputs: Sequence[str] = (),
     ) -> None:
-        """Raises `ValueError` for an unsuitable component or an argument of [`__call__`] out of range."""
+        """Raises `ValueError` for an unsuitable component or an argument of [`__call__`] out of range.
+
+        The guidance that is checked is that of [`set_guidance`].
+        """
         self.check_scheduler()
         # Guiders that change the model know the attention and the blocks of diffusers' models only.
         if self.guider is not None and type(self.guider).prepare_models is not BaseGuidance.prepare_models:
@@ -159,21 +158,27 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
                 "supported; use `pag_scale` for perturbed-attention guidance, or a guider that uses "
                 "predictions only, such as ClassifierFreeGuidance."
             )
-        check_number("guidance_scale", guidance_scale)
-        check_scale("pag_scale", pag_scale)
-        if pag_scale != 0 and not self.takes_argument("perturbed_layers"):
+        check_number("guidance_scale", self._guidance_scale)
+        check_scale("pag_scale", self._pag_scale)
+        if self._pag_scale != 0 and not self.takes_argument("perturbed_layers"):
             raise ValueError(
                 "`pag_scale` needs a model whose `forward` takes `perturbed_layers`, such as "
                 f"`PetTransformer2DModel`, but the model is of the class {type(self.transformer).__name__}."
             )
-        check_scale("autoguidance_scale", autoguidance_scale)
-        if autoguidance_scale != 1 and self.guide is None:
+        check_scale("autoguidance_scale", self._autoguidance_scale)
+        if self._autoguidance_scale != 1 and self.guide is None:
             raise ValueError(
                 "`autoguidance_scale` needs a pipeline with a `guide`, a worse model of the same images: "
                 "`PetDiffusionPipeline.from_pretrained(folder, guide=model)`."
             )
-        if not callable(guidance_schedule):
-            guidance_weight(1.0, guidance_scale, guidance_schedule)  # raises if there is no such schedule
+        if not callable(self._guidance_schedule):  # raises if there is no such schedule
+            guidance_weight(1.0, self._guidance_scale, self._guidance_schedule)
+        is_guided = self.do_classifier_free_guidance or self._pag_scale != 0 or self._autoguidance_scale != 1
+        if is_guided and self.scheduler.config.get("solver") == "consistency":
+            raise ValueError(
+                "The solver 'consistency' draws without guidance, since its models have learned that of "
+                "their teacher: use `guidance_scale=1`, `pag_scale=0`, `autoguidance_scale=1` and no guider."
+            )
         if not is_interval(guidance_interval):
             raise ValueError(
                 f"`guidance_interval` must be two numbers with 0 ≤ low < high, but is {guidance_interval!r}."
@@ -245,7 +250,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
     def __call__(
         self,
         class_labels: str | int | list | torch.Tensor | None = None,
-        num_inference_steps: int = 18,
+        num_inference_steps: int | None = None,
         sigmas: list[float] | torch.Tensor | None = None,
         guidance_scale: float | None = None,
         guidance_schedule: str | Callable[[float], float] = "adaptive",
@@ -267,7 +272,8 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         Args:
             class_labels (`str`, `int`, or a list or tensor of them, *optional*): a class name or id for each
                 image. `None` means one image of every class.
-            num_inference_steps (`int`, defaults to 18): number of denoising steps.
+            num_inference_steps (`int`, *optional*): number of denoising steps. `None` means the number in the
+                pipeline's config.
             sigmas (`list[float]` or `torch.Tensor`, *optional*): noise levels that replace the scheduler's,
                 strictly decreasing.
             guidance_scale (`float`, *optional*): strength of classifier-free guidance. At 1 the named
@@ -319,32 +325,15 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Inputs
-        if guidance_scale is None:
-            guidance_scale = self.config.guidance_scale
-        if pag_scale is None:
-            is_used = self.guider is None and self.takes_argument("perturbed_layers")
-            pag_scale = self.config.pag_scale if is_used else 0.0
-        if autoguidance_scale is None:
-            is_used = self.guider is None and self.guide is not None
-            autoguidance_scale = self.config.autoguidance_scale if is_used else 1.0
-        self.check_inputs(
-            guidance_scale,
-            guidance_schedule,
-            guidance_interval,
-            pag_scale,
-            autoguidance_scale,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-        )
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
+        self.set_guidance(guidance_scale, guidance_schedule, pag_scale, autoguidance_scale)
+        self.check_inputs(guidance_interval, output_type, callback_on_step_end_tensor_inputs)
         device = self._execution_device
         labels, null_labels = self.prepare_labels(
             class_labels, negative_class_labels, num_images_per_prompt, device
         )
         generator = list(generator) if isinstance(generator, tuple) else generator
-        self._guidance_scale = guidance_scale
-        self._guidance_schedule = guidance_schedule
-        self._pag_scale = pag_scale
-        self._autoguidance_scale = autoguidance_scale
         self._interrupt = False
 
         # 2. Noise levels
@@ -360,11 +349,16 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             for i, timestep in enumerate(timesteps):
                 if self._interrupt:
                     continue
-                model_output = self._step_output(
-                    i, latents, timestep, labels, null_labels, guidance_interval, pag_applied_layers
-                )
+                model_input = self.scheduler.scale_model_input(latents, timestep)
+                sigma = self.scheduler.sigmas[i].item()
+                inputs = (model_input, timestep, labels, null_labels)
+                if self.guider is None:
+                    sigmas = [sigma] * len(latents)
+                    model_output = self.guided_output(*inputs, sigmas, guidance_interval, pag_applied_layers)
+                else:
+                    self.guider.set_state(i, self._num_timesteps, timestep)
+                    model_output = self._guider_output(*inputs, latents, sigma)
                 if callback_on_step_end is not None:
-                    sigma = self.scheduler.sigmas[i].item()
                     pred_original_sample = self.scheduler.precondition_outputs(latents, model_output, sigma)
                 latents = self.scheduler.step(
                     model_output, timestep, latents, generator=generator, return_dict=False
@@ -388,58 +382,95 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             return (images,)  # type: ignore[return-value]
         return ImagePipelineOutput(images=images)
 
-    def _step_output(
+    def set_guidance(
         self,
-        step: int,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | Callable[[float], float] = "adaptive",
+        pag_scale: float | None = None,
+        autoguidance_scale: float | None = None,
+    ) -> None:
+        """Sets the guidance of [`guided_output`]; the arguments are those of [`__call__`]."""
+        if guidance_scale is None:
+            guidance_scale = self.config.guidance_scale
+        if pag_scale is None:
+            is_used = self.guider is None and self.takes_argument("perturbed_layers")
+            pag_scale = self.config.pag_scale if is_used else 0.0
+        if autoguidance_scale is None:
+            is_used = self.guider is None and self.guide is not None
+            autoguidance_scale = self.config.autoguidance_scale if is_used else 1.0
+        self._guidance_scale = guidance_scale
+        self._guidance_schedule = guidance_schedule
+        self._pag_scale = pag_scale
+        self._autoguidance_scale = autoguidance_scale
+
+    def guided_output(
+        self,
+        model_input: torch.Tensor,
+        timesteps: torch.Tensor,
         labels: torch.Tensor,
         null_labels: torch.Tensor,
-        guidance_interval: tuple[float, float],
-        pag_applied_layers: list[int] | None,
+        sigmas: list[float],
+        guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
+        pag_applied_layers: list[int] | None = None,
     ) -> torch.Tensor:
-        """Returns the guided network output F of a step."""
-        model_input = self.scheduler.scale_model_input(latents, timestep)
-        sigma = self.scheduler.sigmas[step].item()
-        if self.guider is not None:
-            self.guider.set_state(step=step, num_inference_steps=self._num_timesteps, timestep=timestep)
-            return self._guider_output(model_input, latents, timestep, labels, null_labels, sigma)
-        weight = guidance_weight(sigma, self._guidance_scale, self._guidance_schedule, guidance_interval)
+        """Evaluates the network with the guidance that [`set_guidance`] or the current call has set.
+
+        Args:
+            model_input (`torch.Tensor` of shape `(batch, channels, height, width)`): c_in·x.
+            timesteps (`torch.Tensor` of shape `(batch,)` or scalar): c_noise.
+            labels, null_labels (`torch.Tensor` of shape `(batch,)`): the classes to draw and those to steer
+                away from.
+            sigmas (`list[float]`): the noise level σ of each image.
+            guidance_interval, pag_applied_layers: see [`__call__`].
+
+        Returns:
+            `torch.Tensor`: the guided network output F, of the shape of `model_input`, float32.
+        """
         low, high = guidance_interval
-        is_inside = low <= sigma <= high
+        is_inside = [low <= sigma <= high for sigma in sigmas]
+        weights = [
+            guidance_weight(sigma, self._guidance_scale, self._guidance_schedule, guidance_interval)
+            for sigma in sigmas
+        ]
+
+        def column(values: list[float]) -> torch.Tensor:
+            return torch.tensor(values, device=model_input.device).reshape(-1, 1, 1, 1)
+
         # D is affine in F, so that guidance of F equals guidance of D.
-        inputs = (model_input, timestep, labels)
+        inputs = (model_input, timesteps, labels)
+        is_guided = any(weight != 1 for weight in weights)
         if self._autoguidance_scale != 1:
             conditional = output = self._model_output(self.transformer, *inputs)
-            if weight != 1:
+            if is_guided:
                 worse, unconditional = self._outputs_of_both(self.guide, *inputs, null_labels)
-                output = output + (weight - 1) * (worse - unconditional)
-            elif is_inside:
+                output = output + column([weight - 1 for weight in weights]) * (worse - unconditional)
+            elif any(is_inside):
                 worse = self._model_output(self.guide, *inputs)
-            if is_inside:
-                output = output + (self._autoguidance_scale - 1) * (conditional - worse)
-        elif weight == 1:
-            conditional = output = self._model_output(self.transformer, *inputs)
-        else:
+            if any(is_inside):
+                strengths = [(self._autoguidance_scale - 1) * inside for inside in is_inside]
+                output = output + column(strengths) * (conditional - worse)
+        elif is_guided:
             conditional, unconditional = self._outputs_of_both(self.transformer, *inputs, null_labels)
-            output = unconditional + weight * (conditional - unconditional)
-        if self._pag_scale == 0 or not is_inside:
+            output = unconditional + column(weights) * (conditional - unconditional)
+        else:
+            conditional = output = self._model_output(self.transformer, *inputs)
+        if self._pag_scale == 0 or not any(is_inside):
             return output
         if pag_applied_layers is None:
             pag_applied_layers = [3 * self.transformer.config.num_layers // 10]
         perturbed = self._model_output(self.transformer, *inputs, perturbed_layers=pag_applied_layers)
-        return output + self._pag_scale * (conditional - perturbed)
+        return output + column([self._pag_scale * inside for inside in is_inside]) * (conditional - perturbed)
 
     def _model_output(
         self,
         model: ModelMixin,
         model_input: torch.Tensor,
-        timestep: torch.Tensor,
+        timesteps: torch.Tensor,
         labels: torch.Tensor,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Runs a network on `(batch, channels, height, width)`; returns its raw output in float32."""
-        timesteps = timestep.float().expand(len(model_input))
+        timesteps = timesteps.float().expand(len(model_input))
         output = model(model_input.to(model.dtype), timesteps, labels, **kwargs, return_dict=False)[0]
         return output.float()
 
@@ -447,21 +478,22 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         self,
         model: ModelMixin,
         model_input: torch.Tensor,
-        timestep: torch.Tensor,
+        timesteps: torch.Tensor,
         labels: torch.Tensor,
         null_labels: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """Returns the outputs of a network for the classes and for the null class, in one evaluation."""
-        both = [torch.cat([model_input] * 2), timestep, torch.cat([labels, null_labels])]
+        timesteps = timesteps.expand(len(model_input)).repeat(2)
+        both = [torch.cat([model_input] * 2), timesteps, torch.cat([labels, null_labels])]
         return self._model_output(model, *both).chunk(2)
 
     def _guider_output(
         self,
         model_input: torch.Tensor,
-        latents: torch.Tensor,
         timestep: torch.Tensor,
         labels: torch.Tensor,
         null_labels: torch.Tensor,
+        latents: torch.Tensor,
         sigma: float,
     ) -> torch.Tensor:
         """Lets a guider combine denoised images; returns the network output F of the combined image."""

@@ -73,6 +73,7 @@ class PetPipelineMixin(PipelineBase):
             (`float`, defaults to 2.5): strengths of perturbed-attention guidance, of autoguidance and of
             classifier-free guidance if a call of [`PetDiffusionPipeline`] does not give them; at most 100 in
             absolute value.
+        num_inference_steps (`int`, defaults to 18): number of denoising steps if a call does not give it.
 
     Raises:
         ValueError: if an argument is out of range; the message names it.
@@ -93,6 +94,7 @@ class PetPipelineMixin(PipelineBase):
         autoguidance_scale: float = 1.0,
         guidance_scale: float = 2.5,
         probe: ModelMixin | None = None,
+        num_inference_steps: int = 18,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -112,6 +114,7 @@ class PetPipelineMixin(PipelineBase):
         self.register_to_config(
             id2label={str(key): name for key, name in self.id2label.items()},
             calibration=calibration,
+            num_inference_steps=check_integer("num_inference_steps", num_inference_steps),
             **scales,
         )
 

@@ -69,7 +69,8 @@ class SampleSettings:
     """The settings of a sampling, apart from its classes and seeds.
 
     Args:
-        steps (`int`, defaults to 18): denoising steps, from 1 to 1000.
+        steps (`int`, *optional*): denoising steps, from 1 to 1000; `None` means the number that is saved with
+            the model.
         guidance_scale (`float`, *optional*): strength of classifier-free guidance; `None` means the strength
             that is saved with the model.
         guidance_schedule (`str`, defaults to `"adaptive"`): one of [`GUIDANCE_SCHEDULES`].
@@ -86,10 +87,10 @@ class SampleSettings:
         ValueError: if a number is out of its range or a choice does not exist.
     """
 
-    steps: int = _setting(
-        18,
+    steps: int | None = _setting(
+        None,
         label="Steps",
-        help="number of denoising steps",
+        help="number of denoising steps; the number that is saved with the model is the default",
         argument="num_inference_steps",
         low=1,
         high=1000,

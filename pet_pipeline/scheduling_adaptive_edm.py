@@ -1,7 +1,8 @@
 """AdaptiveEDMScheduler: the noise-level mathematics of EDM, for sampling and for training.
 
 Sampling follows Karras et al. (2022), "Elucidating the Design Space of Diffusion-Based Generative Models"
-(EDM), and Lu et al. (2022), "DPM-Solver++". Training draws noise levels by importance sampling, adapted to
+(EDM), Lu et al. (2022), "DPM-Solver++", and, for models that were tuned to draw in a few steps, Song et al.
+(2023), "Consistency Models". Training draws noise levels by importance sampling, adapted to
 the observed losses (motivated by Kingma and Gao 2023, "Understanding Diffusion Objectives as the ELBO with
 Simple Data Augmentation").
 
@@ -27,6 +28,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "sigma_min": (1e-9, 1e9),
     "sigma_max": (1e-9, 1e9),
     "sigma_data": (1e-9, 1e9),
+    "consistency_sigma_min": (1e-9, 1e9),
     "rho": (0.1, 1000),
     "num_train_timesteps": (1, 1_000_000),
     "s_churn": (0, math.inf),
@@ -39,6 +41,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "adaptive_decay": (0, 1),
 }
 INTEGERS = ("num_train_timesteps", "num_bins")
+SOLVERS = ("multistep", "euler", "heun", "consistency")
 
 
 @dataclass
@@ -71,7 +74,7 @@ class _Evaluation:
 
 
 class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
-    r"""EDM preconditioning, three solvers, and adaptive noise levels for training.
+    r"""EDM preconditioning, four solvers, and adaptive noise levels for training.
 
     The network $F$ is wrapped as $D(x; \sigma) = c_{skip} x + c_{out} F(c_{in} x; c_{noise})$ (Karras et al.
     2022, equation 7 and table 1) and called with `timestep` = $c_{noise} = \ln(\sigma) / 4$. Names and values
@@ -91,12 +94,16 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         final_sigmas_type (`str`, defaults to `"zero"`): the level after the last step: `"zero"`, or
             `"sigma_min"` for the last level of the grid once more, where the last step changes nothing.
         solver (`str`, defaults to `"multistep"`): `"multistep"` (DPM-Solver++(2M), second order at one
-            evaluation a step), `"euler"`, or `"heun"` (EDM's algorithm 1, n steps with 2n - 1 evaluations).
+            evaluation a step), `"euler"`, `"heun"` (EDM's algorithm 1, n steps with 2n - 1 evaluations), or
+            `"consistency"`, for a model that `train_pet.py --objective consistency` has tuned: each step
+            denoises completely, and adds fresh noise of the next level (Song et al. 2023, algorithm 1).
         s_churn (`float`, defaults to 0.0): EDM's stochasticity, for the solvers `"euler"` and `"heun"`. Each
             step's level is raised by a factor 1 + min(s_churn / steps, √2 - 1) with fresh noise.
         s_tmin (`float`, defaults to 0.05), s_tmax (`float`, defaults to 50.0): levels between which churn
             acts.
-        s_noise (`float`, defaults to 1.0): standard deviation of the churn noise.
+        s_noise (`float`, defaults to 1.0): standard deviation of the fresh noise, in units of the level.
+        consistency_sigma_min (`float`, defaults to 0.8): smallest level of the sampling grid with the solver
+            `"consistency"`, in place of `sigma_min`.
         adaptive (`bool`, defaults to `True`): adapt the training draw to the observed losses. Where a learned
             weighting brings these to the same size at every noise level, as that of [`BalancedAdaptiveLoss`]
             does, the draw stays at the proposal.
@@ -123,11 +130,12 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
         rho: float = 7.0,
         final_sigmas_type: Literal["zero", "sigma_min"] = "zero",
-        solver: Literal["multistep", "euler", "heun"] = "multistep",
+        solver: Literal["multistep", "euler", "heun", "consistency"] = "multistep",
         s_churn: float = 0.0,
         s_tmin: float = 0.05,
         s_tmax: float = 50.0,
         s_noise: float = 1.0,
+        consistency_sigma_min: float = 0.8,
         adaptive: bool = True,
         p_mean: float = -1.6,
         p_std: float = 1.4,
@@ -149,15 +157,18 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
             "sigma_schedule": ("karras", "exponential"),
             "prediction_type": ("epsilon", "v_prediction"),
             "final_sigmas_type": ("zero", "sigma_min"),
-            "solver": ("multistep", "euler", "heun"),
+            "solver": SOLVERS,
         }.items():
             if getattr(self.config, name) not in choices:
                 raise ValueError(
                     f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self.config, name)!r}."
                 )
-        if s_churn > 0 and solver == "multistep":
+        if s_churn > 0 and solver not in ("euler", "heun"):
+            raise ValueError(f"`s_churn` needs the solver 'euler' or 'heun', but the solver is {solver!r}.")
+        if solver == "consistency" and (final_sigmas_type != "zero" or consistency_sigma_min >= sigma_max):
             raise ValueError(
-                "`s_churn` needs the solver 'euler' or 'heun': multistep reuses the previous evaluation."
+                "The solver 'consistency' needs `final_sigmas_type` 'zero' and `consistency_sigma_min` less "
+                f"than `sigma_max`, not {final_sigmas_type!r}, {consistency_sigma_min} and {sigma_max}."
             )
         if adaptive_decay == 1:
             raise ValueError("`adaptive_decay` must be less than 1, because the running sums would overflow.")
@@ -299,9 +310,11 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         self._set_grid(sigmas, final_sigma, device)
 
     def _grid(self, num_steps: int) -> torch.Tensor:
-        """Returns `num_steps` levels from `sigma_max` down to `sigma_min`."""
+        """Returns `num_steps` levels from `sigma_max` down to the smallest."""
         ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
         sigma_min, sigma_max, rho = self.config.sigma_min, self.config.sigma_max, self.config.rho
+        if self.config.solver == "consistency":
+            sigma_min = self.config.consistency_sigma_min
         if self.config.sigma_schedule == "exponential":
             sigmas = (math.log(sigma_max) + ramp * math.log(sigma_min / sigma_max)).exp()
         else:
@@ -327,6 +340,8 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
             targets = targets.repeat_interleave(2)[:-1]
         else:
             levels = raised
+        if self.config.solver == "consistency":
+            targets = torch.zeros_like(targets)
         # For `timesteps[i]`, the model is evaluated at the level `sigmas[i]`, and the step ends at the level
         # `_targets[i]`.
         self.sigmas = torch.cat([levels, torch.tensor([final_sigma])])
@@ -376,7 +391,8 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
                 output F.
             timestep (`float` or `torch.Tensor`): the current entry of `timesteps`.
             sample (`torch.Tensor` of the same shape): the current sample.
-            generator (`torch.Generator` or a list of them, *optional*): generator of the noise of churn.
+            generator (`torch.Generator` or a list of them, *optional*): generator of the fresh noise, if the
+                solver adds any.
             return_dict (`bool`, defaults to `True`): return an [`EDMEulerSchedulerOutput`] instead of a
                 tuple.
 
@@ -390,11 +406,11 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         sigma, target = self.sigmas[index].to(compute_dtype), self._targets[index].to(compute_dtype)
         denoised = self.precondition_outputs(sample, model_output.to(compute_dtype), sigma)
 
-        solve = {"multistep": self._multistep, "euler": self._euler, "heun": self._heun}[self.config.solver]
+        solve = {"multistep": self._multistep, "heun": self._heun}.get(self.config.solver, self._euler)
         current = _Evaluation(index, sample, denoised, sigma)
         prev_sample = solve(current, target)
         next_sigma = self.sigmas[index + 1].to(compute_dtype)
-        if next_sigma > target:  # churn: fresh noise leads to the raised level of the next evaluation
+        if next_sigma > target:  # fresh noise leads to the level of the next evaluation
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=compute_dtype)
             prev_sample = prev_sample + (next_sigma**2 - target**2).sqrt() * self.config.s_noise * noise
 

@@ -144,9 +144,16 @@ def denoising_strip(
     return recorder.strip(pipeline, range(len(names)), names)
 
 
+def compared_steps(pipeline: PetDiffusionPipeline) -> tuple[int, ...]:
+    """Returns the numbers of steps that are worth a comparison, from few to more than enough."""
+    if pipeline.scheduler.config.get("solver") == "consistency":
+        return (1, 2, 4, 8)
+    return (5, 10, 20, 40)
+
+
 def step_comparison(
     pipeline: PetDiffusionPipeline,
-    steps: tuple[int, ...] = (5, 10, 20, 40),
+    steps: tuple[int, ...] | None = None,
     num_images: int = 4,
     seed: int = 0,
     class_labels: list[int] | None = None,
@@ -154,11 +161,13 @@ def step_comparison(
 ) -> Image.Image:
     """Draws the same noise with different numbers of steps, one row for each number.
 
-    A row has `num_images` of each class. `class_labels` are ids of classes; the default is every class.
+    `steps` are the numbers, by default those of [`compared_steps`]. A row has `num_images` of each class.
+    `class_labels` are ids of classes; the default is every class.
     """
     names = pipeline.class_names
     class_labels = list(range(len(names))) if class_labels is None else class_labels
     rows = []
+    steps = compared_steps(pipeline) if steps is None else steps
     for num_steps in steps:
         of_classes = _rows(pipeline, class_labels, num_images, seed, num_inference_steps=num_steps, **kwargs)
         rows.append([image for row in of_classes for image in row])

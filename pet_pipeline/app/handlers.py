@@ -17,7 +17,7 @@ from PIL import Image
 from ..pipeline_pet_classification import PetClassificationPipeline
 from ..pipeline_pet_diffusion import PetDiffusionPipeline
 from ..sampling import SampleSettings, scheduler_by_name
-from ..visualization import array_image, guidance_figure
+from ..visualization import array_image, compared_steps, guidance_figure
 from .html import evidence_html, figures_html, image_tag, model_settings, neighbors_html, samples_html
 from .tasks import (
     check_number,
@@ -28,14 +28,13 @@ from .tasks import (
     read_upload,
     sample,
     stream,
-    with_saved_scales,
+    with_saved_values,
 )
 
 
 if TYPE_CHECKING:
     from ..evaluation.reference import Reference
 
-COMPARED_STEPS = (5, 10, 20, 40)
 MAX_GUIDANCE_FIGURES = 128
 
 
@@ -95,8 +94,8 @@ class Handlers:
                 f"The model has a guider, {type(pipeline.guider).__name__}, but the page has settings "
                 "of its own for the guidance. Save the model without the guider."
             )
-        saved = with_saved_scales(pipeline, SampleSettings())
-        for name in ("guidance_scale", "pag_scale", "autoguidance_scale"):
+        saved = with_saved_values(pipeline, SampleSettings())
+        for name in ("steps", "guidance_scale", "pag_scale", "autoguidance_scale"):
             slider = SampleSettings.options()[name].slider
             assert slider is not None
             check_number(f"The saved `{name}`", getattr(saved, name), *slider[:2])
@@ -116,7 +115,7 @@ class Handlers:
 
     def plot_guidance(self, settings: SampleSettings) -> str:
         """Returns the plot of the guidance weight at each step."""
-        settings = with_saved_scales(self.pipeline, settings)
+        settings = with_saved_values(self.pipeline, settings)
         scheduler = scheduler_by_name(settings.scheduler, self.pipeline.scheduler)
         sigmas, weights = guidance_weights(scheduler, settings)
         text = f"Strength of the guidance at each step, from {min(weights):.3g} to {max(weights):.3g}"
@@ -197,7 +196,8 @@ class Handlers:
         request, values = values[:4], values[4:]
         with shown_errors():
             settings = settings_from_inputs(values[: len(values) // 2], self.names)
-            numbers = {f"{steps} steps": replace(settings, steps=steps) for steps in COMPARED_STEPS}
+            compared = compared_steps(self.pipeline)
+            numbers = {f"{steps} steps": replace(settings, steps=steps) for steps in compared}
             yield from self.compare(request, numbers)
 
     # Classifying

@@ -10,6 +10,7 @@ import gradio as gr
 
 from ..pipeline_pet_diffusion import PetDiffusionPipeline
 from ..sampling import SampleSettings
+from ..visualization import compared_steps
 from .handlers import Handlers
 from .html import examples_html
 from .tasks import MAX_EVALUATIONS, MAX_IMAGES
@@ -60,6 +61,8 @@ def settings_inputs(handlers: Handlers, settings: SampleSettings) -> list[gr.com
     for name, option in SampleSettings.options().items():
         value = getattr(settings, name)
         is_possible = name != "autoguidance_scale" or handlers.pipeline.guide is not None
+        if handlers.pipeline.scheduler.config.get("solver") == "consistency":  # it draws without guidance
+            is_possible = name == "steps"
         common: dict[str, Any] = {"label": option.label, "info": option.help, "visible": is_possible}
         if option.slider is not None:
             low, high, step = option.slider
@@ -128,7 +131,8 @@ def add_compare_tab(handlers: Handlers) -> None:
                 second = settings_inputs(handlers, handlers.settings)
         with gr.Row():
             two = gr.Button("Compare A and B", variant="primary")
-            steps = gr.Button("Compare 5, 10, 20 and 40 steps of A")
+            *first_steps, last_steps = compared_steps(handlers.pipeline)
+            steps = gr.Button(f"Compare {', '.join(map(str, first_steps))} and {last_steps} steps of A")
             cancel = gr.Button("Cancel")
         status, grid = gr.HTML(js_on_load=ANNOUNCE), gr.HTML()
     events = [

@@ -95,7 +95,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
 
 
 def guidance_weights(scheduler: Any, settings: SampleSettings) -> tuple[list[float], list[float]]:
-    """Returns the noise level σ and the guidance weight of each step; see [`with_saved_scales`]."""
+    """Returns the noise level σ and the guidance weight of each step; see [`with_saved_values`]."""
     assert settings.guidance_scale is not None
     scheduler.set_timesteps(settings.steps)
     num_steps = len(scheduler.timesteps)
@@ -106,15 +106,16 @@ def guidance_weights(scheduler: Any, settings: SampleSettings) -> tuple[list[flo
     return sigmas, weights
 
 
-def with_saved_scales(pipeline: PetDiffusionPipeline, settings: SampleSettings) -> SampleSettings:
-    """Replaces the strengths that are `None` by those that are saved with the model."""
+def with_saved_values(pipeline: PetDiffusionPipeline, settings: SampleSettings) -> SampleSettings:
+    """Replaces the steps and the strengths that are `None` by those that are saved with the model."""
     config = pipeline.config
-    scales = {
+    saved = {
+        "steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "pag_scale": config.pag_scale,
         "autoguidance_scale": 1.0 if pipeline.guide is None else config.autoguidance_scale,
     }
-    return replace(settings, **{name: scales[name] for name in scales if getattr(settings, name) is None})
+    return replace(settings, **{name: saved[name] for name in saved if getattr(settings, name) is None})
 
 
 def num_evaluations(sigmas: list[float], weights: list[float], settings: SampleSettings) -> int:
@@ -162,7 +163,7 @@ def sample(
     """
     check_request(pipeline, names, number, seed)
     number, seed = int(number), int(seed)
-    settings = with_saved_scales(pipeline, settings)
+    settings = with_saved_values(pipeline, settings)
     began = time.perf_counter()
     # Requests share the weights, but each needs its own scheduler, which keeps the state of a sampling.
     scheduler = scheduler_by_name(settings.scheduler, pipeline.scheduler)

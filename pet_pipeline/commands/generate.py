@@ -77,7 +77,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--strip", action="store_true", help="also draw the denoising step by step")
     parser.add_argument(
-        "--compare_steps", action="store_true", help="also draw the same noise in 5, 10, 20 and 40 steps"
+        "--compare_steps", action="store_true", help="also draw the same noise in several numbers of steps"
     )
     parser.add_argument("--out", default="samples", metavar="FOLDER", help="folder of the images")
     parser.set_defaults(run=run, check=partial(check, parser))
@@ -144,7 +144,8 @@ def run(args: argparse.Namespace) -> None:
             "class": names[row],
             "seed": number,
             **asdict(settings),
-            # The strengths that were used where none was given.
+            # The values that were used where none was given.
+            "steps": settings.steps or pipeline.config.num_inference_steps,
             "guidance_scale": pipeline.guidance_scale,
             "pag_scale": pipeline.pag_scale,
             "autoguidance_scale": pipeline.autoguidance_scale,

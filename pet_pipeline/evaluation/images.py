@@ -227,7 +227,7 @@ def evaluate(
         num_images (`int`, defaults to 1000): number of generated images, and of real images.
         batch_size (`int`, defaults to 64), seed (`int`, defaults to 0): see [`generate_images`].
         validation_images (`int`, defaults to 512): number of held-out images for the validation loss; 0 means
-            that the validation loss is not measured.
+            that the validation loss is not measured. A model that was tuned to draw in a few steps has none.
         with_floors (`bool`, defaults to `False`): whether [`floors`] are measured too.
         kwargs: further arguments of the pipeline.
 
@@ -259,6 +259,7 @@ def evaluate(
             "num_images": num_images,
             "seed": seed,
             **given,
+            "num_inference_steps": given.get("num_inference_steps") or pipeline.config.num_inference_steps,
             "guidance_scale": pipeline.guidance_scale,
             "pag_scale": pipeline.pag_scale,
             "autoguidance_scale": pipeline.autoguidance_scale,
@@ -267,7 +268,8 @@ def evaluate(
         "images_per_second": 1 / generated.seconds,
         "measures": measure_images(generated.images, generated.labels, reference, extractor, classifier),
     }
-    if validation_images:
+    is_tuned = pipeline.scheduler.config.get("solver") == "consistency"
+    if validation_images and not is_tuned:
         held_out = reference.validation.subset(
             torch.arange(min(validation_images, len(reference.validation)))
         )

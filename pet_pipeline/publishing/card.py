@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # The options of `train_pet.py` that a card may show. None of them is a path or a secret.
 CARD_OPTIONS = (
+    "objective",
     "random_flip",
     "noise_schedule",
     "p_mean",
@@ -59,7 +60,7 @@ class TrainingReport:
     device: str  # kind and number of the devices
     precision: str  # of the matrix products: "no" (float32), "bf16" or "fp16"
     base_model: str | None = None  # the pipeline that the training started from
-    validation_loss: float | None = None  # of exactly the saved weights
+    validation_loss: float | None = None  # of exactly the saved weights; see `TrainingResults.validate`
 
 
 def render_model_card(
@@ -77,10 +78,12 @@ def render_model_card(
     subject = listed if len(names) <= 4 else f"{len(names)} classes"
     title = f"Images of {subject}, {config.sample_size}×{config.sample_size}"
     dataset_id, base_model = hub_id(report.dataset_name), hub_id(report.base_model)
+    is_tuned = report.options["objective"] == "consistency"
     results = []
     if report.validation_loss is not None:
+        metric = "teacher_distance" if is_tuned else "validation_loss"
         loss = report.validation_loss
-        results = [eval_result(dataset_id, "train", "validation_loss", "validation loss", loss)]
+        results = [eval_result(dataset_id, "train", metric, metric.replace("_", " "), loss)]
     card_data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=TASK,
@@ -104,6 +107,8 @@ def render_model_card(
         dataset_id=dataset_id,
         is_cifar10=dataset_id in CIFAR10_IDS,
         fine_tuned=report.base_model is not None,
+        is_tuned=is_tuned,
+        num_steps=pipeline.config.num_inference_steps,
         report=report,
         options={name: report.options[name] for name in CARD_OPTIONS},
         versions={

@@ -223,7 +223,7 @@ def describe_training(
     config.pop("dropout", None)  # not every model has this argument
     return {
         "split": split,
-        "options": {"optimizer": args.optimizer, "learned_weighting": args.learned_weighting},
+        "options": {name: getattr(args, name) for name in ("objective", "optimizer", "learned_weighting")},
         "model": {name: value for name, value in config.items() if not name.startswith("_")},
     }
 

@@ -1,6 +1,7 @@
 """The denoiser that a training starts from: a new one, or that of a saved pipeline for fine-tuning."""
 
 import argparse
+import copy
 from typing import Any
 
 import torch
@@ -25,8 +26,16 @@ def create_denoiser(
     resolution = train_set.images.shape[-1]
     draw = {"adaptive": args.noise_schedule == "adaptive", "p_mean": args.p_mean, "p_std": args.p_std}
     if pretrained is not None:
-        transformer = adapt_model(pretrained, train_set.class_names, resolution).train()
-        return transformer, AdaptiveEDMScheduler.from_config(pretrained.scheduler.config, **draw)
+        transformer = adapt_model(pretrained, train_set.class_names, resolution)
+        if args.objective == "consistency":
+            if transformer is not pretrained.transformer:
+                raise ValueError(
+                    "The classes and the resolution of a student must be those of its teacher: leave out "
+                    "--resolution, and give the classes of the saved pipeline in their order."
+                )
+            transformer, draw["solver"] = copy.deepcopy(transformer), "consistency"
+        scheduler = AdaptiveEDMScheduler.from_config(pretrained.scheduler.config, **draw)
+        return transformer.train(), scheduler
     scheduler = AdaptiveEDMScheduler(prediction_type=args.prediction_type, **draw)
     config = {
         "sample_size": resolution,
@@ -40,6 +49,13 @@ def create_denoiser(
         measured = (earlier_config or {}).get("frequency_variances")
         config["frequency_variances"] = measured or frequency_variances(train_set.images, patch_size)
     return PetTransformer2DModel.from_preset(args.preset, **config), scheduler
+
+
+def pipeline_defaults(args: argparse.Namespace, pretrained: PetDiffusionPipeline | None) -> dict[str, Any]:
+    """Returns the arguments of the trained pipeline that decide how it samples if a call does not."""
+    if args.objective == "consistency":
+        return {"guidance_scale": 1.0, "num_inference_steps": 2}
+    return {} if pretrained is None else {"pag_scale": pretrained.config.pag_scale}
 
 
 def frequency_variances(images: torch.Tensor, patch_size: int) -> list[float]:

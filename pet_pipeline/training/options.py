@@ -14,6 +14,17 @@ from .losses import PRESETS as LOSS_PRESETS
 
 
 NEW_MODEL_OPTIONS = ("preset", "model_config", "prediction_type", "frequency_preconditioning")
+# Defaults of the objective `consistency` that differ from those of the objective `denoising`.
+CONSISTENCY_DEFAULTS: dict[str, Any] = {
+    "noise_schedule": "fixed",
+    "p_mean": -1.1,
+    "p_std": 2.0,
+    "loss": "mse",
+    "learned_weighting": False,
+    "label_dropout": 0.0,
+    "optimizer": "adamw",
+    "learning_rate": 3e-4,
+}
 HUB_OPTIONS = ("hub_model_id", "hub_private_repo", "hub_token", "hub_strategy")
 
 # `--model_config` does not take these arguments of the model, since the data or the scheduler share them.
@@ -29,6 +40,8 @@ SHARED_ARGUMENTS = {
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; exits with a message if the options contradict each other."""
     parser = build_parser()
+    if parser.parse_args(arguments).objective == "consistency":
+        parser.set_defaults(**CONSISTENCY_DEFAULTS)
     args = parser.parse_args(arguments)
     check_options(parser, args)
     return args
@@ -74,6 +87,11 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(
                 f"--{name} describes a new model and cannot be used with --pretrained_model_name_or_path"
             )
+    if args.objective == "consistency":
+        if args.pretrained_model_name_or_path is None:
+            parser.error("--objective consistency requires --pretrained_model_name_or_path, the teacher")
+        if args.label_dropout:
+            parser.error("--label_dropout must be 0 with --objective consistency: the student is not guided")
     known = inspect.signature(PetTransformer2DModel.__init__).parameters
     for name in args.model_config:
         if name in SHARED_ARGUMENTS:
@@ -152,6 +170,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("noise and loss").add_argument
+    add(
+        "--objective",
+        choices=["denoising", "consistency"],
+        default="denoising",
+        help="`consistency` tunes the saved pipeline to draw in one to four steps, its guidance built in",
+    )
     add(
         "--noise_schedule",
         choices=["adaptive", "fixed"],

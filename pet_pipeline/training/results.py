@@ -14,6 +14,7 @@ from ..publishing.card import TrainingReport, render_model_card
 from ..publishing.push import EVALUATION_FILES
 from ..visualization import denoising_strip, loss_curves, sample_grid, step_comparison
 from .checkpointing import TrainingState, save_pipeline
+from .consistency import ConsistencyTeacher
 from .data import ImageDataset
 from .hardware import device_name
 from .log import TrainingLog
@@ -32,6 +33,7 @@ class TrainingResults:
     model_card: Path  # the template
     train_set: ImageDataset
     held_out_set: ImageDataset
+    teacher: ConsistencyTeacher | None = None
     validation_losses: dict[int, float] = field(default_factory=dict)  # by step
 
     def __post_init__(self) -> None:
@@ -52,16 +54,24 @@ class TrainingResults:
             self.preview()
 
     def validate(self) -> None:
-        """Measures the averaged weights on held-out images, and saves them as `best` if they are the best."""
+        """Measures the averaged weights, and saves them as `best` if they are the best.
+
+        The measure is the error on held-out images or, in consistency tuning, the distance to the teacher.
+        """
         if not self.accelerator.is_main_process:
             return
         pipeline = self.update_pipeline()
+        by_level = {}
         with self.accelerator.autocast():
-            errors = validation_loss(
-                pipeline.transformer, pipeline.scheduler, self.validation_set, self.args.train_batch_size
-            )
-        loss = self.validation_losses[self.state.step] = sum(errors.values()) / len(errors)
-        by_level = {f"validation/sigma_{sigma:.3g}": error for sigma, error in errors.items()}
+            if self.teacher is not None:
+                loss = self.teacher.distance(pipeline)
+            else:
+                errors = validation_loss(
+                    pipeline.transformer, pipeline.scheduler, self.validation_set, self.args.train_batch_size
+                )
+                loss = sum(errors.values()) / len(errors)
+                by_level = {f"validation/sigma_{sigma:.3g}": error for sigma, error in errors.items()}
+        self.validation_losses[self.state.step] = loss
         self.log.write({"validation/loss": loss, **by_level})
         self.accelerator.print(
             f"step {self.state.step:,}, {self.state.images:,} images, validation loss {loss:.4f}"
