@@ -53,6 +53,7 @@ from pet_pipeline.training.consistency import ConsistencyTeacher, consistency_we
 from pet_pipeline.training.data import (
     ImageDataset,
     describe_split,
+    image_mode,
     load_image_dataset,
     random_horizontal_flip,
     split_dataset,
@@ -95,7 +96,7 @@ class Training:
 
 
 def load_data(
-    args: argparse.Namespace, resolution: int, earlier_split: dict[str, Any] | None
+    args: argparse.Namespace, resolution: int, mode: str, earlier_split: dict[str, Any] | None
 ) -> tuple[ImageDataset, ImageDataset]:
     """Loads the data set, and returns its images for training and those held out.
 
@@ -105,6 +106,8 @@ def load_data(
         args.dataset_name,
         None if args.classes == ["all"] else args.classes,
         resolution,
+        args.train_split,
+        image_mode=mode,
         dataset_config_name=args.dataset_config_name,
         image_column=args.image_column,
         label_column=args.label_column,
@@ -126,11 +129,14 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     earlier = {} if checkpoint is None else read_description(checkpoint)
 
     # The images, which are decoded once and held in memory
-    pretrained, resolution = None, args.resolution or 32
+    pretrained, resolution, mode = None, args.resolution or 32, args.image_mode or "RGB"
     if args.pretrained_model_name_or_path is not None:
         pretrained = PetDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
         resolution = args.resolution or pretrained.transformer.config.sample_size
-    train_set, held_out_set = load_data(args, resolution, earlier.get("split"))
+        mode = args.image_mode or image_mode(pretrained.transformer.config.in_channels)
+    train_set, held_out_set = load_data(args, resolution, mode, earlier.get("split"))
+    if len(train_set.class_names) == 1:
+        args.label_dropout = 0.0  # guidance, which needs a null class, would have nothing to tell apart
     loader = torch.utils.data.DataLoader(
         train_set,
         batch_size=args.train_batch_size,
@@ -168,7 +174,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
         type(transformer).from_config(transformer.config).to(accelerator.device).eval(),
         AdaptiveEDMScheduler.from_config(scheduler.config),
         id2label=dict(enumerate(train_set.class_names)),
-        **pipeline_defaults(args, pretrained),
+        **pipeline_defaults(args, pretrained, len(train_set.class_names)),
     )
     if args.torch_compile:
         transformer.compile()

@@ -275,7 +275,9 @@ class PetPipelineMixin(PipelineBase):
 
 
 def eight_bit_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
-    """Returns an image upright, in mode `"RGB"` or `"L"`, and on white where it is transparent.
+    """Returns an image upright, in mode `"RGB"`, `"L"` or `"RGBA"`.
+
+    An image is put on white where it is transparent, except in the mode `"RGBA"`.
 
     16-bit grey levels are scaled; Pillow's own conversion would cut them off at 255.
 
@@ -290,7 +292,7 @@ def eight_bit_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
         raise ValueError("the pixels are floating-point numbers of an unknown range.")
     if image.mode[0] == "I":
         image = image.point(lambda value: value * (1 / 257)).convert("L")
-    if image.has_transparency_data:
+    if image.has_transparency_data and mode != "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert(mode)
 
@@ -323,7 +325,7 @@ def image_tensor(image: Any, name: str, size: int, channels: int) -> torch.Tenso
     Raises:
         ValueError: if the image cannot be used; the message names it.
     """
-    mode = "L" if channels == 1 else "RGB"
+    mode = {1: "L", 4: "RGBA"}.get(channels, "RGB")
     if isinstance(image, (str, Path)):
         name = repr(str(image))
         image = read_image(image, mode)

@@ -8,6 +8,7 @@ from PIL import Image
 
 from pet_pipeline.training.data import (
     ImageDataset,
+    image_mode,
     image_to_tensor,
     load_image_dataset,
     random_horizontal_flip,
@@ -17,7 +18,9 @@ from pet_pipeline.training.data import (
 
 
 def load(image_folder, tmp_path, **kwargs):
-    return load_image_dataset(str(image_folder), cache_dir=str(tmp_path), **{"resolution": 8, **kwargs})
+    return load_image_dataset(
+        str(image_folder), cache_dir=str(tmp_path / "cache"), **{"resolution": 8, **kwargs}
+    )
 
 
 def test_classes_by_name_and_in_order(image_folder, tmp_path):
@@ -55,8 +58,56 @@ def test_parquet_with_columns_of_other_names(tmp_path):
         ValueError, match="`image_column` must be a column .* is 'picture'; .* photo .Image., kind"
     ):
         load(tmp_path / "data", tmp_path, image_column="picture")
-    with pytest.raises(ValueError, match="`label_column` must be .* of the type ClassLabel, but is 'author'"):
-        load(tmp_path / "data", tmp_path, label_column="author")
+    with pytest.raises(ValueError, match="`label_column` must be .* ClassLabel or Value, but is 'photo'"):
+        load(tmp_path / "data", tmp_path, label_column="photo")
+    assert load(tmp_path / "data", tmp_path, label_column="author").class_names == ["a"]
+
+
+def save_rows(folder, split="train", **columns):
+    """A data set of small images of one shade each, and columns of plain values."""
+    images = [Image.new("L", (8, 8), color=10 * index) for index in range(len(next(iter(columns.values()))))]
+    rows = datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())
+    folder.mkdir(exist_ok=True)
+    rows.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def test_labels_may_be_integers_or_strings(tmp_path):
+    numbers = load(save_rows(tmp_path / "numbers", label=[10, 2, 10, 2]), tmp_path)
+    assert numbers.class_names == ["2", "10"] and numbers.labels.tolist() == [1, 0, 1, 0]
+    folder = save_rows(tmp_path / "words", breed=["tabby", "beagle", "tabby"], caption=["x", "y", "z"])
+    words = load(folder, tmp_path, label_column="breed")
+    assert words.class_names == ["beagle", "tabby"] and words.labels.tolist() == [1, 0, 1]
+    assert load(folder, tmp_path, label_column="breed", classes=["tabby"]).labels.tolist() == [0, 0]
+    for labels, found in (([1, None], "row 1 has None"), ([0.5, 1.0], "row 0 has 0.5")):
+        with pytest.raises(ValueError, match=f"'label' must have an integer or a string .* {found}"):
+            load(save_rows(tmp_path / "bad", label=labels), tmp_path)
+
+
+def test_images_without_labels_are_one_class(tmp_path):
+    folder = tmp_path / "unlabelled"
+    folder.mkdir()
+    for index in range(3):
+        Image.new("RGB", (8, 8), (50 * index,) * 3).save(folder / f"{index}.png")
+    dataset = load(folder, tmp_path)
+    assert dataset.class_names == ["image"] and dataset.labels.tolist() == [0, 0, 0]
+    assert load(save_rows(tmp_path / "captions", caption=["x", "y"]), tmp_path).class_names == ["image"]
+    with pytest.raises(ValueError, match="no class 'cat', 'dog'; it has no labels, so use all of it"):
+        load(folder, tmp_path, classes=["cat", "dog"])
+
+
+def test_splits_and_modes(tmp_path):
+    folder = save_rows(tmp_path / "splits", label=[0, 0])
+    save_rows(folder, "test", label=[0, 0, 0])
+    assert len(load(folder, tmp_path)) == 2 and len(load(folder, tmp_path, split="test")) == 3
+    grey = load(folder, tmp_path, image_mode="L")
+    assert grey.images.shape == (2, 1, 8, 8) and grey.images[1].unique().tolist() == [10]
+    assert load(folder, tmp_path, image_mode="RGBA").images[1, :, 0, 0].tolist() == [10, 10, 10, 255]
+    clear = image_to_tensor(Image.new("RGBA", (8, 8), (10, 20, 30, 40)), 8, "RGBA")
+    assert clear[:, 0, 0].tolist() == [10, 20, 30, 40]
+    assert [image_mode(number) for number in (1, 3, 4)] == ["L", "RGB", "RGBA"]
+    with pytest.raises(ValueError, match="1, 3 or 4 channels, but the model has 2"):
+        image_mode(2)
 
 
 def test_parquet_with_undecoded_and_missing_images(tmp_path):
@@ -82,11 +133,6 @@ def test_bad_requests_are_one_clear_error(image_folder, tmp_path):
         load(image_folder, tmp_path, classes=["cat", "cat"])
     with pytest.raises(ValueError, match="cannot be loaded"):
         load(tmp_path / "nowhere", tmp_path)
-    unlabelled = tmp_path / "unlabelled"
-    unlabelled.mkdir()
-    Image.new("RGB", (8, 8)).save(unlabelled / "a.png")
-    with pytest.raises(ValueError, match="no column of the type ClassLabel"):
-        load(unlabelled, tmp_path)
     damaged = tmp_path / "damaged"
     for name in ("cat", "dog"):
         (damaged / name).mkdir(parents=True)

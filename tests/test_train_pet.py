@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from conftest import random_model
 from PIL import Image
 from safetensors.torch import load_file
+from support.features import Pixels
 from support.training_process import denoiser_weights, metrics, train
 
 import pet_pipeline.scheduling_adaptive_edm as train_pet_scheduler
@@ -21,7 +22,8 @@ from pet_pipeline import (
     PetDiffusionPipeline,
     PetTransformer2DModel,
 )
-from pet_pipeline.evaluation.metrics import validation_loss
+from pet_pipeline.__main__ import main
+from pet_pipeline.evaluation.metrics import FEATURE_EXTRACTORS, validation_loss
 from pet_pipeline.training.checkpointing import list_checkpoints
 from pet_pipeline.training.data import load_image_dataset, stratified_split, to_model_range
 from pet_pipeline.training.denoiser import adapt_model, frequency_variances
@@ -106,6 +108,30 @@ def test_other_classes_losses_and_optimizers(image_folder, tmp_path):
     assert len(list_checkpoints(tmp_path / "out")) == 1
 
 
+def test_grey_images_without_labels(image_folder, tmp_path, monkeypatch):
+    (tmp_path / "grey").mkdir()
+    for path in image_folder.glob("*/*.png"):
+        with Image.open(path) as image:
+            image.convert("L").save(tmp_path / "grey" / f"{path.parent.name}-{path.name}")
+    out = tmp_path / "out"
+    train(tmp_path / "grey", out, classes=["all"], image_mode="L", max_train_steps=2, validation_steps=9)
+    pipe = PetDiffusionPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    (image,) = pipe(num_inference_steps=2).images
+    assert image.mode == "L" and pipe.class_names == ["image"] and pipe.config.guidance_scale == 1
+    assert not pipe.transformer.class_embedding.weight[1].any()  # no label was dropped
+    card = (out / "README.md").read_text()
+    assert "# Images, 8×8" in card and "An unconditional diffusion model" in card
+    assert "like those of its training data" in card and "pipeline().images" in card
+    monkeypatch.setitem(FEATURE_EXTRACTORS, "efficientnet", Pixels)
+    words = ["--reference", str(tmp_path / "grey"), "--num_images", "8", "--steps", "1"]
+    assert main(["evaluate", str(out), *words, "--out", str(out)]) == 0
+    # The channels of a saved model are kept.
+    options = {"pretrained_model_name_or_path": out, "model_config": None, "resolution": None}
+    train(tmp_path / "grey", tmp_path / "more", classes=["all"], max_train_steps=1, **options)
+    assert PetDiffusionPipeline.from_pretrained(tmp_path / "more").transformer.config.in_channels == 1
+
+
 def test_fine_tuning_starts_from_saved_weights(finished_run, image_folder, tmp_path, monkeypatch):
     modes = []
     forward = PetTransformer2DModel.forward
@@ -144,7 +170,7 @@ def test_fine_tuning_a_model_without_class_names(finished_run):
     with pytest.raises(ValueError, match="2 classes without names, but --classes names 3"):
         adapt_model(pipeline, ["bird", "cat", "dog"], resolution=8)
     grey = PetDiffusionPipeline(random_model(in_channels=1), AdaptiveEDMScheduler())
-    with pytest.raises(ValueError, match="read in RGB, but the saved model has 1 channels"):
+    with pytest.raises(ValueError, match="has 1 channels, but the images have 3"):
         adapt_model(grey, ["cat", "dog"], resolution=8)
 
 

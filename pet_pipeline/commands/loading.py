@@ -64,14 +64,18 @@ def load_classifier_pipeline(
 def load_reference_of(args: argparse.Namespace, pipeline: "PetDiffusionPipeline", split: str) -> "Reference":
     """Loads the data set of the options of [`add_reference_options`] for the classes of a pipeline."""
     from ..evaluation.reference import load_reference
+    from ..training.data import image_mode
 
+    config = pipeline.transformer.config
     return load_reference(
         args.reference,
         pipeline.class_names,
-        pipeline.transformer.config.sample_size,
+        config.sample_size,
         split,
         args.validation_fraction,
         args.max_train_samples,
+        args.train_split,
+        image_mode=image_mode(config.in_channels),
         dataset_config_name=args.dataset_config_name,
         image_column=args.image_column,
         label_column=args.label_column,

@@ -101,11 +101,12 @@ def add_reference_options(parser: argparse.ArgumentParser, help: str, required: 
     """Adds the options that name a data set and repeat how `train_pet.py` read and split it."""
     parser.add_argument("--reference", required=required, metavar="DATASET", help=help)
     parser.add_argument("--dataset_config_name", help="configuration of the data set")
+    parser.add_argument("--train_split", default="train", help="split that the training was given")
     parser.add_argument(
         "--image_column", help="column of the images; the default is the only column of that type"
     )
     parser.add_argument(
-        "--label_column", help="column of the labels; the default is the only column of that type"
+        "--label_column", help="column of the labels; the default is what `train_pet.py` finds by itself"
     )
     parser.add_argument(
         "--validation_fraction",

@@ -35,7 +35,7 @@ class GeneratedImages:
     """The output of [`generate_images`].
 
     Args:
-        images (`torch.Tensor` of shape `(N, 3, height, width)`, uint8): the images.
+        images (`torch.Tensor` of shape `(N, channels, height, width)`, uint8): the images.
         labels (`torch.Tensor` of shape `(N,)`): the class of each image.
         evaluations (`float`): evaluations of the denoiser for each image. A guided step has two.
         seconds (`float`): seconds for each image.
@@ -92,7 +92,7 @@ def measure_images(
     """Compares N images with N real images.
 
     Args:
-        images (`torch.Tensor` of shape `(N, 3, height, width)`, uint8): the images to measure.
+        images (`torch.Tensor` of shape `(N, channels, height, width)`, uint8): the images to measure.
         labels (`torch.Tensor` of shape `(N,)`, *optional*): the class of each image.
         reference ([`Reference`]): the real images. The comparison uses a [`balanced_subset`] of N images.
         extractor ([`FeatureExtractor`]): see [`image_features`].
@@ -185,7 +185,7 @@ def neighbor_grid(images: torch.Tensor, reference: Reference, num_images: int = 
     """Shows the images that are most likely copies, above the training images that are nearest to them.
 
     Args:
-        images (`torch.Tensor` of shape `(N, 3, height, width)`, uint8): generated images.
+        images (`torch.Tensor` of shape `(N, channels, height, width)`, uint8): generated images.
         reference ([`Reference`]): holds the training images.
         num_images (`int`, defaults to 12): number of images, of which the most likely copy comes first.
     """

@@ -202,6 +202,14 @@ class InceptionFeatures(FeatureExtractor):
 FEATURE_EXTRACTORS = {"efficientnet": EfficientNetLite0Features, "inception": InceptionFeatures}
 
 
+def to_rgb(images: torch.Tensor) -> torch.Tensor:
+    """Returns grey and transparent uint8 images `(N, 1 or 4, height, width)` in RGB, the latter on white."""
+    if images.shape[1] == 4:
+        opacity = images[:, 3:] / 255
+        return (images[:, :3] * opacity + 255 * (1 - opacity)).round().byte()
+    return images.expand(-1, 3, -1, -1)
+
+
 @torch.no_grad()
 def image_features(
     images: torch.Tensor, extractor: FeatureExtractor, batch_size: int = 32, cache: bool = False
@@ -209,7 +217,7 @@ def image_features(
     """Returns the features `(N, num_features)` of images.
 
     Args:
-        images (`torch.Tensor` of shape `(N, 3, height, width)`, uint8): the images.
+        images (`torch.Tensor` of shape `(N, channels, height, width)`, uint8): the images.
         extractor ([`FeatureExtractor`]): the network that computes the features.
         batch_size (`int`, defaults to 32): number of images in one evaluation.
         cache (`bool`, defaults to `False`): whether the features are kept in the cache of `huggingface_hub`,
@@ -224,7 +232,7 @@ def image_features(
             return load_file(path)["features"]
     device = next(extractor.parameters()).device
     batches = tqdm(images.split(batch_size), desc=f"{extractor.name} features", leave=False)
-    features = torch.cat([extractor(batch.to(device)).cpu() for batch in batches])
+    features = torch.cat([extractor(to_rgb(batch).to(device)).cpu() for batch in batches])
     if path is not None:
         # Another process that reads the file sees either the whole file or no file.
         unfinished = path.with_suffix(f".{os.getpid()}")

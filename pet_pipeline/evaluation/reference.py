@@ -30,19 +30,23 @@ def load_reference(
     split: str = "train",
     validation_fraction: float = 0.1,
     max_train_samples: int | None = None,
+    train_split: str = "train",
     **kwargs: Any,
 ) -> Reference:
     """Loads a data set for an evaluation, split as `train_pet.py` splits it.
 
     Args:
         dataset_name (`str`), classes (`list[str]`), resolution (`int`): see [`load_image_dataset`].
-        split (`str`, defaults to `"train"`): the split that generated images are compared with: `"train"`,
-            `"validation"` for the images held out of it, or another split of the data set.
+        split (`str`, defaults to `"train"`): the images that generated images are compared with: `"train"`
+            for those trained on, `"validation"` for those held out, or another split of the data set.
         validation_fraction (`float`, defaults to 0.1), max_train_samples (`int`, *optional*): those of the
             training, see [`stratified_split`] and `max_samples` of [`load_image_dataset`].
+        train_split (`str`, defaults to `"train"`): the split of the data set that the training was given.
         kwargs: further arguments of [`load_image_dataset`].
     """
-    dataset = load_image_dataset(dataset_name, classes, resolution, max_samples=max_train_samples, **kwargs)
+    dataset = load_image_dataset(
+        dataset_name, classes, resolution, train_split, max_samples=max_train_samples, **kwargs
+    )
     train, validation = stratified_split(dataset, validation_fraction)
     if split == "train":
         images = train

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .. import __version__
+from ..training.data import UNLABELLED
 from .card_evaluation import TASK, add_evaluation, eval_result, read_evaluation
 from .client import hub_id
 
@@ -75,9 +76,11 @@ def render_model_card(
     config = pipeline.transformer.config
     names = pipeline.class_names
     listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    subject = listed if len(names) <= 4 else f"{len(names)} classes"
-    title = f"Images of {subject}, {config.sample_size}×{config.sample_size}"
+    subject = f" of {listed}" if len(names) <= 4 else f" of {len(names)} classes"
+    subject = "" if names == [UNLABELLED] else subject
+    title = f"Images{subject}, {config.sample_size}×{config.sample_size}"
     dataset_id, base_model = hub_id(report.dataset_name), hub_id(report.base_model)
+    is_unconditional = len(names) == 1
     is_tuned = report.options["objective"] == "consistency"
     results = []
     if report.validation_loss is not None:
@@ -90,7 +93,7 @@ def render_model_card(
         license="apache-2.0",
         datasets=[dataset_id] if dataset_id else None,
         base_model=base_model,
-        tags=["diffusers", "class-conditional", "edm", "linear-attention"],
+        tags=["diffusers", *([] if is_unconditional else ["class-conditional"]), "edm", "linear-attention"],
         model_name=title if results else None,
         eval_results=results or None,
     )
@@ -108,6 +111,7 @@ def render_model_card(
         is_cifar10=dataset_id in CIFAR10_IDS,
         fine_tuned=report.base_model is not None,
         is_tuned=is_tuned,
+        is_unconditional=is_unconditional,
         num_steps=pipeline.config.num_inference_steps,
         report=report,
         options={name: report.options[name] for name in CARD_OPTIONS},

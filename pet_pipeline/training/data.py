@@ -1,4 +1,4 @@
-"""Labelled images through `datasets`: chosen classes, decoded once, held in memory as uint8."""
+"""Images through `datasets`: chosen classes, decoded once, held in memory as uint8."""
 
 import hashlib
 import warnings
@@ -15,6 +15,19 @@ from torchvision.transforms.v2 import functional
 from ..pipeline_pet_loading import eight_bit_image
 
 
+IMAGE_MODES = {"L": 1, "RGB": 3, "RGBA": 4}  # modes of Pillow, and their numbers of channels
+UNLABELLED = "image"  # the name of the only class of a data set without labels
+LABEL_NAMES = ("label", "labels")  # a column of integers or strings of this name holds labels
+
+
+def image_mode(num_channels: int) -> str:
+    """Returns the mode of Pillow for images of a number of channels, or raises `ValueError`."""
+    for mode, number in IMAGE_MODES.items():
+        if number == num_channels:
+            return mode
+    raise ValueError(f"Images are read with 1, 3 or 4 channels, but the model has {num_channels}.")
+
+
 @dataclass
 class ImageDataset(torch.utils.data.Dataset):
     """Images and labels in memory, fetched a batch at a time.
@@ -23,7 +36,7 @@ class ImageDataset(torch.utils.data.Dataset):
     operation, which is far faster than any training.
     """
 
-    images: torch.Tensor  # (N, 3, resolution, resolution), uint8
+    images: torch.Tensor  # (N, channels, resolution, resolution), uint8
     labels: torch.Tensor  # (N,), int64; indices in `class_names`
     class_names: list[str]
 
@@ -61,24 +74,28 @@ def load_image_dataset(
     label_column: str | None = None,
     cache_dir: str | None = None,
     max_samples: int | None = None,
+    image_mode: str = "RGB",
 ) -> ImageDataset:
-    """Loads the images of some classes of a labelled data set.
+    """Loads the images of some classes of a data set, or of a data set without labels.
 
     Args:
         dataset_name (`str`): Hub id, or a local folder that `datasets.load_dataset` reads (Parquet files or
-            an image folder with one subfolder per class).
+            an image folder, with one subfolder per class or without).
         classes (`list[str]`, *optional*): the wanted classes in the order of their label ids; the default is
-            all of them.
-        resolution (`int`, defaults to 32): images are converted to RGB, resized and cropped at the centre to
-            this size.
+            all of them. A data set without labels has one class, `"image"`.
+        resolution (`int`, defaults to 32): images are resized and cropped at the centre to this size.
         split, dataset_config_name, cache_dir: see `datasets.load_dataset`.
-        image_column (`str`, *optional*), label_column (`str`, *optional*): found by their feature types when
-            `None`.
+        image_column (`str`, *optional*): found by its type when `None`.
+        label_column (`str`, *optional*): a column of class labels, integers or strings. When `None`, it is
+            the column of class labels, or else one of integers or strings that is called `label` or `labels`;
+            if there is none, the data set has no labels.
         max_samples (`int`, *optional*): keep this many images, as many of each class, at least one.
+        image_mode (`str`, defaults to `"RGB"`): images are converted to this mode of Pillow, one of
+            [`IMAGE_MODES`]. All but `"RGBA"` put transparent images on white.
 
     Raises:
-        ValueError: if the data set cannot be loaded, a column or class is missing, a class has no image, or
-            an image cannot be used.
+        ValueError: if the data set cannot be loaded, a column, class or label is missing, a class has no
+            image, or an image cannot be used.
     """
     if Path(dataset_name).is_dir():
         dataset_name = str(Path(dataset_name).resolve())
@@ -89,19 +106,18 @@ def load_image_dataset(
             f"The data set {dataset_name!r} (split {split!r}) cannot be loaded: {error}"
         ) from error
 
-    image_column = find_column(dataset, image_column, datasets.Image, "image_column")
-    label_column = find_column(dataset, label_column, datasets.ClassLabel, "label_column")
-    names = dataset.features[label_column].names
+    image_column = find_column(dataset, image_column, (datasets.Image,), "image_column")
+    names, labels = read_labels(dataset, label_column)
     classes = list(classes) if classes else names
     unknown = [name for name in classes if name not in names]
     if unknown:
-        raise ValueError(
-            f"The data set has no class {', '.join(map(repr, unknown))}; it has {', '.join(names)}."
+        known = (
+            "it has no labels, so use all of it" if names == [UNLABELLED] else f"it has {', '.join(names)}"
         )
+        raise ValueError(f"The data set has no class {', '.join(map(repr, unknown))}; {known}.")
     if len(set(classes)) < len(classes):
         raise ValueError(f"Each class may be named once, but `classes` is {', '.join(classes)}.")
 
-    labels = np.array(dataset[label_column])
     rows_of_class = [np.flatnonzero(labels == names.index(name)) for name in classes]
     empty = [name for name, rows in zip(classes, rows_of_class) if len(rows) == 0]
     if empty:
@@ -112,7 +128,7 @@ def load_image_dataset(
     rows = np.concatenate(rows_of_class)
     order = np.argsort(rows)  # in the data set's own order, which is the fast one to read
     class_ids = np.repeat(np.arange(len(classes)), [len(r) for r in rows_of_class])[order]
-    images = torch.empty(len(rows), 3, resolution, resolution, dtype=torch.uint8)
+    images = torch.empty(len(rows), IMAGE_MODES[image_mode], resolution, resolution, dtype=torch.uint8)
     decoded = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=True))
     images_of_rows = iter(decoded.select(rows[order]))
     for index in range(len(rows)):
@@ -120,23 +136,53 @@ def load_image_dataset(
             image = next(images_of_rows)[image_column]
             if image is None:
                 raise ValueError("it is missing.")
-            images[index] = image_to_tensor(image, resolution)
+            images[index] = image_to_tensor(image, resolution, image_mode)
         except (ValueError, OSError) as error:  # OSError: an image that cannot be decoded
             raise ValueError(f"The image of row {rows[order][index]} cannot be used: {error}") from None
     return ImageDataset(images, torch.from_numpy(class_ids), classes)
 
 
-def find_column(dataset: datasets.Dataset, column: str | None, feature_type: type, argument: str) -> str:
-    """Returns the given column of a data set, or its only column of a feature type.
+def read_labels(dataset: datasets.Dataset, column: str | None = None) -> tuple[list[str], np.ndarray]:
+    """Returns the names of the classes of a data set, and the class id of each row.
 
-    `ValueError` is raised if the given column is not of that type, or if there is not exactly one.
+    `ValueError` is raised if the given column cannot hold labels, if there are several columns of class
+    labels, or if a row has no label.
     """
-    found = [name for name, feature in dataset.features.items() if isinstance(feature, feature_type)]
+    features = dataset.features
+    kinds: tuple[type, ...] = (datasets.ClassLabel, datasets.Value)
+    if column is None and any(isinstance(feature, datasets.ClassLabel) for feature in features.values()):
+        kinds = (datasets.ClassLabel,)
+    elif column is None:
+        column = next((name for name in LABEL_NAMES if name in features), None)
+        if column is None:
+            return [UNLABELLED], np.zeros(len(dataset), dtype=np.int64)
+    column = find_column(dataset, column, kinds, "label_column")
+    if isinstance(features[column], datasets.ClassLabel):
+        return features[column].names, np.array(dataset[column])
+    labels = list(dataset[column])
+    for row, label in enumerate(labels):
+        if not isinstance(label, (int, str)):
+            raise ValueError(
+                f"The column {column!r} must have an integer or a string in every row, but row {row} has "
+                f"{label!r}."
+            )
+    names, ids = np.unique(labels, return_inverse=True)
+    return [str(name) for name in names], ids
+
+
+def find_column(
+    dataset: datasets.Dataset, column: str | None, feature_types: tuple[type, ...], argument: str
+) -> str:
+    """Returns the given column of a data set, or its only column of some feature types.
+
+    `ValueError` is raised if the given column is not of these types, or if there is not exactly one.
+    """
+    found = [name for name, feature in dataset.features.items() if isinstance(feature, feature_types)]
     if column is None and len(found) == 1:
         return found[0]
     if column is not None and column in found:
         return column
-    kind = feature_type.__name__
+    kind = " or ".join(feature_type.__name__ for feature_type in feature_types)
     if column is not None:
         problem = f"`{argument}` must be a column of the type {kind}, but is {column!r}"
     elif found:
@@ -147,9 +193,9 @@ def find_column(dataset: datasets.Dataset, column: str | None, feature_type: typ
     raise ValueError(f"{problem}; the columns are {', '.join(columns)}.")
 
 
-def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
-    """Returns an image upright, in RGB, resized and cropped at the centre, as uint8 `(3, height, width)`."""
-    tensor = functional.pil_to_tensor(eight_bit_image(image))
+def image_to_tensor(image: Image.Image, resolution: int, mode: str = "RGB") -> torch.Tensor:
+    """Returns an image upright, resized and cropped at the centre, as uint8 `(channels, height, width)`."""
+    tensor = functional.pil_to_tensor(eight_bit_image(image, mode))
     tensor = functional.resize(tensor, [resolution], functional.InterpolationMode.BICUBIC, antialias=True)
     return functional.center_crop(tensor, [resolution])
 

@@ -26,7 +26,8 @@ def create_denoiser(
     resolution = train_set.images.shape[-1]
     draw = {"adaptive": args.noise_schedule == "adaptive", "p_mean": args.p_mean, "p_std": args.p_std}
     if pretrained is not None:
-        transformer = adapt_model(pretrained, train_set.class_names, resolution)
+        num_channels = train_set.images.shape[1]
+        transformer = adapt_model(pretrained, train_set.class_names, resolution, num_channels)
         if args.objective == "consistency":
             if transformer is not pretrained.transformer:
                 raise ValueError(
@@ -39,6 +40,7 @@ def create_denoiser(
     scheduler = AdaptiveEDMScheduler(prediction_type=args.prediction_type, **draw)
     config = {
         "sample_size": resolution,
+        "in_channels": train_set.images.shape[1],
         "num_classes": len(train_set.class_names),
         "sigma_data": scheduler.config.sigma_data,
         "prediction_type": args.prediction_type,
@@ -51,10 +53,14 @@ def create_denoiser(
     return PetTransformer2DModel.from_preset(args.preset, **config), scheduler
 
 
-def pipeline_defaults(args: argparse.Namespace, pretrained: PetDiffusionPipeline | None) -> dict[str, Any]:
+def pipeline_defaults(
+    args: argparse.Namespace, pretrained: PetDiffusionPipeline | None, num_classes: int
+) -> dict[str, Any]:
     """Returns the arguments of the trained pipeline that decide how it samples if a call does not."""
     if args.objective == "consistency":
         return {"guidance_scale": 1.0, "num_inference_steps": 2}
+    if num_classes == 1:  # guidance would have nothing to tell apart
+        return {"guidance_scale": 1.0}
     return {} if pretrained is None else {"pag_scale": pretrained.config.pag_scale}
 
 
@@ -80,7 +86,7 @@ def frequency_variances(images: torch.Tensor, patch_size: int) -> list[float]:
 
 
 def adapt_model(
-    pipeline: PetDiffusionPipeline, class_names: list[str], resolution: int
+    pipeline: PetDiffusionPipeline, class_names: list[str], resolution: int, num_channels: int = 3
 ) -> PetTransformer2DModel:
     """Returns the model of a saved pipeline, adapted to classes and an image size for further training.
 
@@ -91,8 +97,11 @@ def adapt_model(
     """
     transformer = pipeline.transformer
     config = transformer.config
-    if config.in_channels != 3:
-        raise ValueError(f"Images are read in RGB, but the saved model has {config.in_channels} channels.")
+    if config.in_channels != num_channels:
+        raise ValueError(
+            f"The saved model has {config.in_channels} channels, but the images have {num_channels}: leave "
+            "out --image_mode."
+        )
     num_classes = config.num_classes
     known = {pipeline.id2label[index]: index for index in range(num_classes) if index in pipeline.id2label}
     if not known and num_classes != len(class_names):

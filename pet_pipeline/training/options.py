@@ -10,6 +10,7 @@ import torch
 from ..commands.options import HelpFormatter, positive_integer, whole_number
 from ..transformer_pet import PRESETS as MODEL_PRESETS
 from ..transformer_pet import PetTransformer2DModel
+from .data import IMAGE_MODES
 from .losses import PRESETS as LOSS_PRESETS
 
 
@@ -31,7 +32,7 @@ HUB_OPTIONS = ("hub_model_id", "hub_private_repo", "hub_token", "hub_strategy")
 SHARED_ARGUMENTS = {
     "sample_size": "use --resolution",
     "num_classes": "use --classes",
-    "in_channels": "images are read in RGB",
+    "in_channels": "use --image_mode",
     "prediction_type": "use --prediction_type",
     "sigma_data": "the scheduler fixes it at 0.5",
 }
@@ -119,8 +120,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset_name", default="uoft-cs/cifar10", help="Hub id, local data set, or image folder")
     add("--dataset_config_name", help="configuration of the data set")
     add("--image_column", help="column of the images; found by its type if not given")
-    add("--label_column", help="column of the labels; found by its type if not given")
-    add("--classes", nargs="+", default=["cat", "dog"], help="names of the classes, or `all`")
+    add(
+        "--label_column",
+        help="column of the labels, which may be class labels, integers or strings; found by its type or the "
+        "name `label` if not given",
+    )
+    add("--train_split", default="train", help="split of the data set to train on")
+    add(
+        "--classes",
+        nargs="+",
+        default=["cat", "dog"],
+        help="names of the classes, or `all`, which is also the choice for images without labels",
+    )
+    add(
+        "--image_mode",
+        choices=list(IMAGE_MODES),
+        help="mode that images are converted to; the default is that of the saved model, or RGB",
+    )
     add(
         "--resolution",
         type=positive_integer,
