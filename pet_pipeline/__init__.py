@@ -13,7 +13,7 @@ _MODULES = {
     "AdaptiveEDMScheduler": "scheduling_adaptive_edm",
     "BalancedAdaptiveLoss": "training.losses",
     "PetDiffusionPipeline": "pipeline_pet_diffusion",
-    "guidance_weight": "pipeline_pet_diffusion",
+    "guidance_weight": "guidance_pet",
     "PetClassificationPipeline": "pipeline_pet_classification",
 }
 __all__ = [
@@ -27,8 +27,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .guidance_pet import guidance_weight
     from .pipeline_pet_classification import PetClassificationPipeline
-    from .pipeline_pet_diffusion import PetDiffusionPipeline, guidance_weight
+    from .pipeline_pet_diffusion import PetDiffusionPipeline
     from .probe_pet import PetLinearProbe
     from .scheduling_adaptive_edm import AdaptiveEDMScheduler
     from .training.losses import BalancedAdaptiveLoss

@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from .pipeline_pet_loading import NUM_BANDS, PetPipelineMixin, check_integer, image_tensor
+from .pipeline_pet_loading import NUM_BANDS, PetPipelineMixin, check_integer
 
 
 METHODS = ("denoising", "features", "combined")
@@ -358,25 +357,6 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
                 decided = len(pixels) if last == len(sigmas) else int((candidates.sum(1) == 1).sum())
                 progress_bar.update(decided - progress_bar.n)
         return errors, candidates, maps
-
-    def prepare_images(self, images: Any) -> torch.Tensor:
-        """Returns images as `(N, channels, height, width)` in [-1, 1], upright, resized and cropped.
-
-        Raises:
-            ValueError: if there is no image, or an image cannot be used; the message names it.
-        """
-        if isinstance(images, torch.Tensor) and images.ndim == 4:
-            images = list(images)
-        if not isinstance(images, (list, tuple)):
-            images = [images]
-        if not images:
-            raise ValueError("There is no image to classify.")
-        return torch.stack([self.prepare_image(image, f"Image {i}") for i, image in enumerate(images)])
-
-    def prepare_image(self, image: Any, name: str) -> torch.Tensor:
-        """Returns one image as `(channels, height, width)` in [-1, 1]; see [`prepare_images`]."""
-        config = self.transformer.config
-        return image_tensor(image, name, config.sample_size, config.in_channels)
 
     def draw_sigmas(self, num_draws: int, weighting: str, generator: torch.Generator | None) -> torch.Tensor:
         """Returns noise levels `(num_draws,)`, uniform in ln σ over the range of the weighting.

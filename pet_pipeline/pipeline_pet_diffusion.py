@@ -1,20 +1,18 @@
 r"""PetDiffusionPipeline: class-conditional sampling with guidance that adapts to the noise level.
 
-Classifier-free guidance is Ho and Salimans (2022). Kynkäänniemi et al. (2024), "Applying Guidance in a
-Limited Interval Improves Sample and Distribution Quality in Diffusion Models", show that guidance helps at
-middle noise levels only, and Wang et al. (2024), "Analysis of Classifier-Free Guidance Weight Schedulers",
-that its strength should grow as the noise falls. Autoguidance is Karras et al. (2024), "Guiding a Diffusion
+Classifier-free guidance is Ho and Salimans (2022). Autoguidance is Karras et al. (2024), "Guiding a Diffusion
 Model with a Bad Version of Itself": it steers away from what a smaller and less trained model predicts.
+Editing an image is Meng et al. (2022), "SDEdit: Guided Image Synthesis and Editing with Stochastic
+Differential Equations".
 Perturbed-attention guidance is Ahn et al. (2024), "Self-Rectifying Diffusion Sampling with
 Perturbed-Attention Guidance": it steers away from what the denoiser predicts when some of its blocks do not
 see the image as a whole.
 
-This file travels inside every saved checkpoint: it imports PyTorch, diffusers, the standard library and
-`pipeline_pet_loading`, which travels too.
+This file travels inside every saved checkpoint: it imports PyTorch, diffusers, the standard library,
+`guidance_pet` and `pipeline_pet_loading`, which travel too.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,69 +26,11 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from .pipeline_pet_loading import PetPipelineMixin, check_integer, check_number, check_scale
+from .guidance_pet import GUIDANCE_INTERVAL, guidance_weight, is_interval
+from .pipeline_pet_loading import PetPipelineMixin, check_integer, check_number, check_scale, image_tensor
 
 
-GUIDANCE_SCHEDULES = ("adaptive", "constant", "interval")
-GUIDANCE_INTERVAL = (0.05, 5.0)  # of noise levels σ
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-# Multiplier of (guidance_scale - 1), linear in ln σ between these points: guidance is off while the
-# composition forms, standard while the class is decided, stronger for the details of the class, and off where
-# only texture is left.
-ADAPTIVE_SCHEDULE = ((5.0, 0.0), (2.0, 1.0), (0.5, 1.0), (0.2, 1.5), (0.05, 1.5))
-
-
-def guidance_weight(
-    sigma: float,
-    guidance_scale: float,
-    guidance_schedule: str | Callable[[float], float] = "adaptive",
-    guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
-) -> float:
-    r"""Returns w(σ) in D = D_null + w·(D_class - D_null). A weight of 1 means no guidance.
-
-    Args:
-        sigma (`float`): noise level σ of the evaluation.
-        guidance_scale (`float`): strength of the guidance; at 1, every named schedule is 1 everywhere.
-        guidance_schedule (`str` or callable, defaults to `"adaptive"`):
-
-            - `"adaptive"`: 1 + m(σ)·(guidance_scale - 1), where m is 0 for σ ≥ 5, rises to 1 at σ = 2, rises
-              again from 1 at σ = 0.5 to 1.5 at σ = 0.2, and is 0 below σ = 0.05;
-            - `"constant"`: guidance_scale;
-            - `"interval"`: guidance_scale inside `guidance_interval`, and 1 outside;
-            - a callable σ → w.
-        guidance_interval (`tuple[float, float]`, defaults to `(0.05, 5.0)`): lowest and highest guided σ.
-
-    Raises:
-        ValueError: if there is no such schedule, or the result of a callable is not finite.
-    """
-    if callable(guidance_schedule):
-        weight = float(guidance_schedule(sigma))
-        if not math.isfinite(weight):
-            raise ValueError(f"`guidance_schedule` must be finite, but is {weight} at σ = {sigma:.4g}.")
-        return weight
-    if guidance_schedule == "adaptive":
-        return 1 + _interpolate_log(sigma, ADAPTIVE_SCHEDULE) * (guidance_scale - 1)
-    if guidance_schedule == "constant":
-        return guidance_scale
-    if guidance_schedule == "interval":
-        low, high = guidance_interval
-        return guidance_scale if low <= sigma <= high else 1.0
-    raise ValueError(
-        f"`guidance_schedule` must be one of {', '.join(GUIDANCE_SCHEDULES)}, or a function of σ, but is "
-        f"{guidance_schedule!r}."
-    )
-
-
-def _interpolate_log(sigma: float, points: tuple[tuple[float, float], ...]) -> float:
-    """Interpolates (σ, value) points with falling σ linearly in ln σ; returns 0 below the last point."""
-    if sigma >= points[0][0]:
-        return points[0][1]
-    for (high, value_high), (low, value_low) in zip(points, points[1:]):
-        if sigma >= low:
-            fraction = math.log(high / sigma) / math.log(high / low)
-            return value_high + fraction * (value_low - value_high)
-    return 0.0
 
 
 class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
@@ -246,6 +186,53 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             raise ValueError(f"`latents` must be of shape {shape}, but is {tuple(latents.shape)}.")
         return latents.to(device=device, dtype=torch.float32) * self.scheduler.init_noise_sigma
 
+    def first_step(self, num_timesteps: int, image: Any, strength: float | None, mask_image: Any) -> int:
+        """Returns the index in `timesteps` of the first step of a call; see [`__call__`].
+
+        Raises:
+            ValueError: if `strength` is out of range, or it or a mask is given without an image.
+        """
+        if image is None:
+            if strength is not None or mask_image is not None:
+                raise ValueError("`strength` and `mask_image` need an `image` to edit.")
+            return 0
+        if strength is None:
+            strength = 0.6 if mask_image is None else 1.0
+        strength = check_number("strength", strength)
+        if not 0 < strength <= 1:
+            raise ValueError(f"`strength` must be in (0, 1], but is {strength}.")
+        order = self.scheduler.order
+        num_steps = -(-num_timesteps // order)
+        return (num_steps - max(1, int(num_steps * strength))) * order
+
+    def prepare_edit(
+        self, image: Any, mask_image: Any, latents: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns images in [-1, 1], shaped to broadcast with `latents`, and where they are drawn anew.
+
+        Raises:
+            ValueError: if an image cannot be used, or the numbers or sizes do not fit `latents`.
+        """
+        config = self.transformer.config
+        edited = self.prepare_images(image)
+        if edited.shape[2:] != latents.shape[2:]:
+            raise ValueError(
+                f"`latents` must be of the size of the image to edit, {tuple(edited.shape[2:])}, but are of "
+                f"the size {tuple(latents.shape[2:])}."
+            )
+        mask = None
+        if mask_image is not None:
+            masks = mask_image if isinstance(mask_image, (list, tuple)) else [mask_image]
+            tensors = [image_tensor(each, "The mask", config.sample_size, 1) for each in masks]
+            mask = (torch.stack(tensors) > 0).to(latents.device)
+        for name, given in (("image", edited), ("mask_image", mask)):
+            if given is not None and len(given) not in (1, len(latents)):
+                raise ValueError(
+                    f"`{name}` must be one image or one for each of the {len(latents)} images to draw, but "
+                    f"there are {len(given)}."
+                )
+        return edited.to(latents), mask
+
     @torch.no_grad()
     def __call__(
         self,
@@ -266,8 +253,11 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
     ) -> ImagePipelineOutput:
-        r"""Generates images.
+        r"""Generates images, or edits an image.
 
         Args:
             class_labels (`str`, `int`, or a list or tensor of them, *optional*): a class name or id for each
@@ -314,6 +304,13 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): the tensors in
                 `callback_kwargs`, out of `latents` and `pred_original_sample` (the denoised image D of the
                 step).
+            image (PIL image, path, tensor, or a list of them, *optional*): an image to edit: one, or one for
+                each image to draw. Sampling begins with this image and noise, and not with noise alone
+                (SDEdit). It is resized and cropped to the model's size.
+            strength (`float`, *optional*): share of the steps, the last ones, that an edit takes, in (0, 1].
+                The default is 0.6, or 1 with a `mask_image`. At 1, the image leaves hardly a trace.
+            mask_image (PIL image, path, tensor, or a list of them, *optional*): white where `image` is to be
+                drawn anew, and black where it stays exactly as it is.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: the images.
@@ -338,26 +335,35 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
 
         # 2. Noise levels
         timesteps = retrieve_timesteps(self.scheduler, num_inference_steps, device, sigmas)
-        self.scheduler.set_begin_index(0)
+        first = self.first_step(len(timesteps), image, strength, mask_image)
+        timesteps = timesteps[first:]
+        self.scheduler.set_begin_index(first)
         self._num_timesteps = len(timesteps)
 
-        # 3. Starting noise
+        # 3. Starting noise, and the image that it is added to
         latents = self.prepare_latents(len(labels), generator, latents, device)
+        edited = mask = None
+        if image is not None:
+            edited, mask = self.prepare_edit(image, mask_image, latents)
+            latents = edited + self.scheduler.sigmas[first] / self.scheduler.init_noise_sigma * latents
 
         # 4. Denoising loop
         with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, timestep in enumerate(timesteps):
+            for i, timestep in enumerate(timesteps, first):
                 if self._interrupt:
                     continue
                 model_input = self.scheduler.scale_model_input(latents, timestep)
                 sigma = self.scheduler.sigmas[i].item()
                 inputs = (model_input, timestep, labels, null_labels)
                 if self.guider is None:
-                    sigmas = [sigma] * len(latents)
-                    model_output = self.guided_output(*inputs, sigmas, guidance_interval, pag_applied_layers)
+                    levels = [sigma] * len(latents)
+                    model_output = self.guided_output(*inputs, levels, guidance_interval, pag_applied_layers)
                 else:
-                    self.guider.set_state(i, self._num_timesteps, timestep)
+                    self.guider.set_state(i - first, self._num_timesteps, timestep)
                     model_output = self._guider_output(*inputs, latents, sigma)
+                if edited is not None and mask is not None:  # where the image stays, denoising finds it
+                    denoised = self.scheduler.precondition_outputs(latents, model_output, sigma)
+                    model_output = self._output_of(torch.where(mask, denoised, edited), latents, sigma)
                 if callback_on_step_end is not None:
                     pred_original_sample = self.scheduler.precondition_outputs(latents, model_output, sigma)
                 latents = self.scheduler.step(
@@ -497,30 +503,22 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         sigma: float,
     ) -> torch.Tensor:
         """Lets a guider combine denoised images; returns the network output F of the combined image."""
-
-        def precondition(model_output: torch.Tensor) -> torch.Tensor:
-            return self.scheduler.precondition_outputs(latents, model_output, sigma)
-
         batches = self.guider.prepare_inputs({"class_labels": (labels, null_labels)})
         for batch in batches:
             self.guider.prepare_models(self.transformer)
-            batch.noise_pred = precondition(
-                self._model_output(self.transformer, model_input, timestep, batch.class_labels)
-            )
+            output = self._model_output(self.transformer, model_input, timestep, batch.class_labels)
+            batch.noise_pred = self.scheduler.precondition_outputs(latents, output, sigma)
             self.guider.cleanup_models(self.transformer)
-        denoised = self.guider(batches)[0]
-        # The scheduler's own formula at F = 0 and F = 1 inverts D = c_skip·x + c_out·F.
-        offset = precondition(torch.zeros_like(latents))
-        return (denoised - offset) / (precondition(torch.ones_like(latents)) - offset)
+        return self._output_of(self.guider(batches)[0], latents, sigma)
 
-
-def is_interval(interval: Any) -> bool:
-    """Whether a value is a pair of numbers 0 ≤ low < high."""
-    try:
-        low, high = interval
-        return bool(0 <= low < high)
-    except (TypeError, ValueError):
-        return False
+    def _output_of(self, denoised: torch.Tensor, latents: torch.Tensor, sigma: float) -> torch.Tensor:
+        """Returns the network output F that a denoised image D = c_skip·x + c_out·F stands for."""
+        # The scheduler's own formula at F = 0 and F = 1.
+        offset, end = (
+            self.scheduler.precondition_outputs(latents, torch.full_like(latents, value), sigma)
+            for value in (0, 1)
+        )
+        return (denoised - offset) / (end - offset)
 
 
 def retrieve_timesteps(

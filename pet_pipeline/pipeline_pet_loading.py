@@ -1,6 +1,6 @@
 """PetPipelineMixin: what the two pipelines share, namely their components, loading, saving and class labels.
 
-Both pipeline files import this file relatively, and a saved folder holds all three, so that diffusers finds
+Both pipeline files import this file relatively, and a saved folder holds them all, so that diffusers finds
 it without this package. A process that loads the code of two folders with different versions of this file
 keeps the first version, because diffusers copies the files of all folders into one place.
 
@@ -34,7 +34,12 @@ logger = logging.get_logger(__name__)
 
 # The modules of this package that define components, and the files at the top of every saved folder.
 COMPONENT_MODULES = ("transformer_pet", "scheduling_adaptive_edm", "probe_pet")
-PIPELINE_MODULES = ("pipeline_pet_diffusion", "pipeline_pet_classification", "pipeline_pet_loading")
+PIPELINE_MODULES = (
+    "pipeline_pet_diffusion",
+    "pipeline_pet_classification",
+    "pipeline_pet_loading",
+    "guidance_pet",
+)
 
 MAX_LABEL_LENGTH = 256
 MAX_SCALE = 100.0  # useful values are about 0 to 3; float16 overflows at thousands
@@ -259,6 +264,25 @@ class PetPipelineMixin(PipelineBase):
         if not 0 <= label_id < self.null_class_id:
             raise ValueError(f"A class id must be in [0, {self.null_class_id - 1}], but is {label_id}.")
         return [label_id]
+
+    def prepare_images(self, images: Any) -> torch.Tensor:
+        """Returns images as `(N, channels, height, width)` in [-1, 1], upright, resized and cropped.
+
+        Raises:
+            ValueError: if there is no image, or an image cannot be used; the message names it.
+        """
+        if isinstance(images, torch.Tensor) and images.ndim == 4:
+            images = list(images)
+        if not isinstance(images, (list, tuple)):
+            images = [images]
+        if not images:
+            raise ValueError("There is no image.")
+        return torch.stack([self.prepare_image(image, f"Image {i}") for i, image in enumerate(images)])
+
+    def prepare_image(self, image: Any, name: str) -> torch.Tensor:
+        """Returns one image as `(channels, height, width)` in [-1, 1]; see [`prepare_images`]."""
+        config = self.transformer.config
+        return image_tensor(image, name, config.sample_size, config.in_channels)
 
     def takes_argument(self, name: str) -> bool:
         """Whether the model's `forward` has an argument of this name."""

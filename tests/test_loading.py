@@ -61,6 +61,7 @@ def test_a_saved_folder_has_weights_code_and_json_only(saved):
         "pipeline_pet_classification.py",
         "pipeline_pet_diffusion.py",
         "pipeline_pet_loading.py",
+        "guidance_pet.py",
         "scheduler/scheduler_config.json",
         "scheduler/scheduling_adaptive_edm.py",
         "transformer/config.json",

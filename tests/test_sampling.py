@@ -7,7 +7,7 @@ import torch
 
 from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, sampling
 from pet_pipeline.__main__ import build_parser
-from pet_pipeline.pipeline_pet_diffusion import GUIDANCE_SCHEDULES
+from pet_pipeline.guidance_pet import GUIDANCE_SCHEDULES
 from pet_pipeline.pipeline_pet_loading import MAX_SCALE
 from pet_pipeline.sampling import (
     SCHEDULERS,

@@ -14,8 +14,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from ..guidance_pet import GUIDANCE_INTERVAL, guidance_weight
 from ..pipeline_pet_classification import PetClassificationOutput, PetClassificationPipeline
-from ..pipeline_pet_diffusion import GUIDANCE_INTERVAL, PetDiffusionPipeline, guidance_weight
+from ..pipeline_pet_diffusion import PetDiffusionPipeline
 from ..pipeline_pet_loading import MAX_IMAGE_PIXELS
 from ..sampling import SampleSettings, image_generators, scheduler_by_name
 from ..visualization import DenoisingRecorder, array_image

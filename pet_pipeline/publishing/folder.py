@@ -21,6 +21,7 @@ OPTIONAL_FILES = (
     "pipeline_pet_diffusion.py",
     "pipeline_pet_classification.py",
     "pipeline_pet_loading.py",
+    "guidance_pet.py",
     "README.md",
     "samples.png",
     "evaluation.json",

@@ -30,6 +30,7 @@ PIPELINE_FILES = {
     "pipeline_pet_classification.py",
     "pipeline_pet_diffusion.py",
     "pipeline_pet_loading.py",
+    "guidance_pet.py",
     "scheduler/scheduler_config.json",
     "scheduler/scheduling_adaptive_edm.py",
     "transformer/config.json",
