@@ -31,6 +31,7 @@ DOCUMENTS = {
         "again/dog-3.png",
         "stronger/strip.png",
         "stronger/steps.png",
+        "edited/grid.png",
         "guided/guide/config.json",
         "why.png",
     ],

@@ -349,3 +349,31 @@ def test_an_image_of_an_earlier_version_is_repeated_and_another_guide_is_noticed
     random_model(2).save_pretrained(tmp_path / "model" / "guide")
     generate("--like", str(tmp_path / "late.png"))
     assert "late.png was drawn by a model with other weights" in capsys.readouterr().err
+
+
+def test_a_revision_reaches_the_hub_and_needs_one(saved, tmp_path, monkeypatch, capsys):
+    given = []
+    from_pretrained = PetDiffusionPipeline.from_pretrained
+
+    def load(path=None, **kwargs):
+        given.append((path, kwargs.pop("revision")))
+        return from_pretrained(saved, **kwargs)
+
+    monkeypatch.setattr(PetDiffusionPipeline, "from_pretrained", load)
+    words = [
+        "generate",
+        "--num_samples",
+        "1",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+        "--revision",
+        "v1",
+    ]
+    assert main([*words, "--model", "user/pets"]) == 0
+    assert given == [("user/pets", "v1")]
+    for model in (["--model", str(saved)], []):
+        assert main([*words, *model]) == 1
+        assert "--revision needs the Hub id" in capsys.readouterr().err
+    assert len(given) == 1

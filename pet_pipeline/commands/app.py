@@ -42,6 +42,6 @@ def run(args: argparse.Namespace) -> None:
     """Serves the page until it is interrupted."""
     from ..app import launch
 
-    pipeline = load_pipeline(args.model, device=args.device)
+    pipeline = load_pipeline(args.model, device=args.device, revision=args.revision)
     reference = None if args.reference is None else load_reference_of(args, pipeline, "train")
     launch(pipeline, reference, args.host, args.port, args.share)

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     from ..visualization import evidence_figure
 
     files = image_files(args.images)
-    pipeline = load_classifier_pipeline(args.model, args.device, args.dtype)
+    pipeline = load_classifier_pipeline(args.model, args.device, args.dtype, revision=args.revision)
     pipeline.set_progress_bar_config(disable=True)
     good, tensors = [], []
     for file in files:

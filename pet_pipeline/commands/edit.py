@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     from ..visualization import array_image, image_grid
 
     settings = sample_settings(args)
-    pipeline = load_pipeline(args.model, args.scheduler, args.device, args.dtype)
+    pipeline = load_pipeline(args.model, args.scheduler, args.device, args.dtype, revision=args.revision)
     names = args.classes or pipeline.class_names
     ids = label_ids(pipeline, names)
     drawn = generate(

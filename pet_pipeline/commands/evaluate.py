@@ -103,7 +103,7 @@ def run_images(args: argparse.Namespace) -> None:
 
     settings = sample_settings(args)
     extractor = FEATURE_EXTRACTORS[args.features]()
-    pipeline = load_pipeline(args.model, args.scheduler, args.device, args.dtype)
+    pipeline = load_pipeline(args.model, args.scheduler, args.device, args.dtype, revision=args.revision)
     pipeline.set_progress_bar_config(leave=False)
     reference = load_reference_of(args, pipeline, args.split)
     # Features and classes are computed on the CPU, so that the numbers are the same everywhere.
@@ -144,7 +144,7 @@ def run_classification(args: argparse.Namespace) -> None:
     from ..evaluation.tables import save_record
     from ..visualization import reliability_diagram
 
-    pipeline = load_classifier_pipeline(args.model, args.device, args.dtype)
+    pipeline = load_classifier_pipeline(args.model, args.device, args.dtype, revision=args.revision)
     pipeline.set_progress_bar_config(disable=True)
     names = pipeline.class_names
     reference = load_reference_of(args, pipeline, args.split)

@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
     from ..visualization import denoising_strip, image_grid, step_comparison
 
     settings = sample_settings(args)
-    pipeline = load_pipeline(args.model, args.scheduler, args.device, args.dtype)
+    pipeline = load_pipeline(args.model, args.scheduler, args.device, args.dtype, revision=args.revision)
     names = args.classes or pipeline.class_names
     ids = label_ids(pipeline, names)
     call_arguments = settings.call_arguments(pipeline)

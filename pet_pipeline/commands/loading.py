@@ -2,6 +2,7 @@
 
 import argparse
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..sampling import scheduler_by_name
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def load_pipeline(
-    model: str | None, scheduler: str | None = None, device: str | None = None, dtype: str = "float32"
+    model: str | None,
+    scheduler: str | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
 ) -> "PetDiffusionPipeline":
     """Loads a saved pipeline, or the model of the package.
 
@@ -23,10 +28,14 @@ def load_pipeline(
         scheduler (`str`, *optional*): see [`scheduler_by_name`].
         device (`str`, *optional*): the default is a GPU where there is one.
         dtype (`str`, defaults to `"float32"`): precision of the weights.
+        revision (`str`, *optional*): branch, tag or commit of a model on the Hub.
 
     Raises:
-        ValueError: if the pipeline cannot be loaded, or the device or the scheduler cannot be used.
+        ValueError: if the pipeline cannot be loaded, the device or the scheduler cannot be used, or a model
+            that is not on the Hub has a revision.
     """
+    if revision is not None and (model is None or Path(model).is_dir()):
+        raise ValueError("--revision needs the Hub id of a model.")
     import torch
     from diffusers.utils import logging
 
@@ -34,7 +43,8 @@ def load_pipeline(
 
     logging.disable_progress_bar()  # loading is fast, and sampling has a progress bar of its own
     try:
-        pipeline = PetDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+        options = {"dtype": getattr(torch, dtype), "revision": revision}
+        pipeline = PetDiffusionPipeline.from_pretrained(model, **options)
     except MemoryError:
         raise
     except Exception as error:  # diffusers and safetensors raise many kinds of exceptions for damaged files
@@ -53,12 +63,15 @@ def load_pipeline(
 
 
 def load_classifier_pipeline(
-    model: str | None, device: str | None = None, dtype: str = "float32"
+    model: str | None,
+    device: str | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
 ) -> "PetClassificationPipeline":
     """Loads a saved pipeline as a classifier; see [`load_pipeline`]."""
     from ..pipeline_pet_classification import PetClassificationPipeline
 
-    return PetClassificationPipeline.from_pipe(load_pipeline(model, device=device, dtype=dtype))
+    return PetClassificationPipeline.from_pipe(load_pipeline(model, None, device, dtype, revision))
 
 
 def load_reference_of(args: argparse.Namespace, pipeline: "PetDiffusionPipeline", split: str) -> "Reference":
