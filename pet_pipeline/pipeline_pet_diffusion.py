@@ -197,7 +197,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
                 raise ValueError("`strength` and `mask_image` need an `image` to edit.")
             return 0
         if strength is None:
-            strength = 0.6 if mask_image is None else 1.0
+            strength = 0.5 if mask_image is None else 1.0
         strength = check_number("strength", strength)
         if not 0 < strength <= 1:
             raise ValueError(f"`strength` must be in (0, 1], but is {strength}.")
@@ -308,7 +308,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
                 each image to draw. Sampling begins with this image and noise, and not with noise alone
                 (SDEdit). It is resized and cropped to the model's size.
             strength (`float`, *optional*): share of the steps, the last ones, that an edit takes, in (0, 1].
-                The default is 0.6, or 1 with a `mask_image`. At 1, the image leaves hardly a trace.
+                The default is 0.5, or 1 with a `mask_image`. At 1, the image leaves hardly a trace.
             mask_image (PIL image, path, tensor, or a list of them, *optional*): white where `image` is to be
                 drawn anew, and black where it stays exactly as it is.
 

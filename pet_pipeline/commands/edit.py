@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
         "--strength",
         type=float,
         help="share of the steps that are taken, in (0, 1]: the higher, the less is left of the image; the "
-        "default is 0.6, or 1 with --mask",
+        "default is 0.5, or 1 with --mask",
     )
     parser.add_argument(
         "--mask", type=Path, metavar="FILE", help="image that is white where the other is drawn anew"
