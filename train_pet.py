@@ -13,6 +13,7 @@ number.
 """
 
 import argparse
+import copy
 import math
 import sys
 import time
@@ -49,7 +50,7 @@ from pet_pipeline.training.checkpointing import (
     read_description,
     save_checkpoint,
 )
-from pet_pipeline.training.consistency import ConsistencyTeacher, consistency_weights
+from pet_pipeline.training.consistency import ConsistencyTeacher
 from pet_pipeline.training.data import (
     ImageDataset,
     describe_split,
@@ -154,7 +155,9 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     teacher = None
     if args.objective == "consistency" and pretrained is not None:
         teacher = ConsistencyTeacher(pretrained.to(accelerator.device))
-    description = describe_training(args, transformer, describe_split(train_set, held_out_set))
+    split = describe_split(train_set, held_out_set)
+    digest = None if teacher is None else teacher.digest
+    description = describe_training(args, transformer, split, digest)
     check_description(earlier, description)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -171,7 +174,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
         foreach=True,
     )
     pipeline = PetDiffusionPipeline(
-        type(transformer).from_config(transformer.config).to(accelerator.device).eval(),
+        copy.deepcopy(transformer).to(accelerator.device).eval(),
         AdaptiveEDMScheduler.from_config(scheduler.config),
         id2label=dict(enumerate(train_set.class_names)),
         **pipeline_defaults(args, pretrained, len(train_set.class_names)),
@@ -234,19 +237,21 @@ def fraction_done(args: argparse.Namespace, training: Training, state: TrainingS
 def compute_losses(
     args: argparse.Namespace, training: Training, images: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, BalancedAdaptiveLossOutput]:
-    """Adds noise to a batch of images, and returns the noise levels and the losses of the denoiser."""
+    """Makes a batch of noisy images, and returns their noise levels and the losses of the denoiser."""
     scheduler = training.scheduler
     images = to_model_range(images)
     if args.random_flip:
         images = random_horizontal_flip(images)
-    is_dropped = torch.rand(len(labels), device=labels.device) < args.label_dropout
-    labels = torch.where(is_dropped, training.transformer.config.num_classes, labels)
-    sigmas, weights = scheduler.sample_training_sigmas(len(images), device=images.device).to_tuple()
-    timesteps = scheduler.precondition_noise(sigmas)
-    noisy_images = scheduler.add_noise(images, torch.randn_like(images), timesteps)
     if training.teacher is not None:
-        images = training.teacher.target(training.transformer, scheduler, noisy_images, labels, sigmas)
-        weights = weights * consistency_weights(sigmas, scheduler.config.sigma_data)
+        with training.accelerator.autocast():
+            noisy_images, labels, sigmas, images = training.teacher.trajectories(images, labels)
+        timesteps, weights = scheduler.precondition_noise(sigmas), torch.ones_like(sigmas)
+    else:
+        is_dropped = torch.rand(len(labels), device=labels.device) < args.label_dropout
+        labels = torch.where(is_dropped, training.transformer.config.num_classes, labels)
+        sigmas, weights = scheduler.sample_training_sigmas(len(images), device=images.device).to_tuple()
+        timesteps = scheduler.precondition_noise(sigmas)
+        noisy_images = scheduler.add_noise(images, torch.randn_like(images), timesteps)
     model_input = scheduler.precondition_inputs(noisy_images, sigmas)
     target = scheduler.training_target(images, noisy_images, sigmas)
     return sigmas, training.model(model_input, timesteps, labels, target, sigmas, weights)

@@ -196,6 +196,11 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
         if method == "features" and return_evidence:
             raise ValueError("`return_evidence` needs the method 'denoising' or 'combined'.")
         self.check_scheduler()
+        if self.is_tuned:
+            raise ValueError(
+                "This model was tuned to draw in a few steps, and its predictions no longer tell classes "
+                "apart: classify with the model that it was tuned from."
+            )
         if self.null_class_id < 2:
             raise ValueError("Classification needs a model of at least 2 classes, but the model has 1.")
         if check_integer("num_evaluations", num_evaluations) % 2:

@@ -27,7 +27,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from .guidance_pet import GUIDANCE_INTERVAL, guidance_weight, is_interval
-from .pipeline_pet_loading import PetPipelineMixin, check_integer, check_number, check_scale, image_tensor
+from .pipeline_pet_loading import PetPipelineMixin, check_integer, check_number, check_scale
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -114,7 +114,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         if not callable(self._guidance_schedule):  # raises if there is no such schedule
             guidance_weight(1.0, self._guidance_scale, self._guidance_schedule)
         is_guided = self.do_classifier_free_guidance or self._pag_scale != 0 or self._autoguidance_scale != 1
-        if is_guided and self.scheduler.config.get("solver") == "consistency":
+        if is_guided and self.is_tuned:
             raise ValueError(
                 "The solver 'consistency' draws without guidance, since its models have learned that of "
                 "their teacher: use `guidance_scale=1`, `pag_scale=0`, `autoguidance_scale=1` and no guider."
@@ -213,7 +213,6 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         Raises:
             ValueError: if an image cannot be used, or the numbers or sizes do not fit `latents`.
         """
-        config = self.transformer.config
         edited = self.prepare_images(image)
         if edited.shape[2:] != latents.shape[2:]:
             raise ValueError(
@@ -222,9 +221,8 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             )
         mask = None
         if mask_image is not None:
-            masks = mask_image if isinstance(mask_image, (list, tuple)) else [mask_image]
-            tensors = [image_tensor(each, "The mask", config.sample_size, 1) for each in masks]
-            mask = (torch.stack(tensors) > 0).to(latents.device)
+            masks = self.prepare_images(mask_image, num_channels=1)
+            mask = (masks > 0).to(latents.device)
         for name, given in (("image", edited), ("mask_image", mask)):
             if given is not None and len(given) not in (1, len(latents)):
                 raise ValueError(
@@ -299,7 +297,8 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
                 in about [-1, 1].
             return_dict (`bool`, defaults to `True`): return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end (callable, *optional*): called after each step as
-                `callback(pipeline, step, timestep, callback_kwargs)`. It returns a dict; if the dict has
+                `callback(pipeline, step, timestep, callback_kwargs)`, where the steps of a call count from 0,
+                also those of an edit. It returns a dict; if the dict has
                 `latents`, they replace the sample.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): the tensors in
                 `callback_kwargs`, out of `latents` and `pred_original_sample` (the denoised image D of the
@@ -310,7 +309,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             strength (`float`, *optional*): share of the steps, the last ones, that an edit takes, in (0, 1].
                 The default is 0.5, or 1 with a `mask_image`. At 1, the image leaves hardly a trace.
             mask_image (PIL image, path, tensor, or a list of them, *optional*): white where `image` is to be
-                drawn anew, and black where it stays exactly as it is.
+                drawn anew, and black where its pixels are kept.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: the images.
@@ -349,19 +348,20 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
 
         # 4. Denoising loop
         with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, timestep in enumerate(timesteps, first):
+            for i, timestep in enumerate(timesteps):
                 if self._interrupt:
                     continue
                 model_input = self.scheduler.scale_model_input(latents, timestep)
-                sigma = self.scheduler.sigmas[i].item()
+                sigma = self.scheduler.sigmas[first + i].item()
                 inputs = (model_input, timestep, labels, null_labels)
                 if self.guider is None:
-                    levels = [sigma] * len(latents)
-                    model_output = self.guided_output(*inputs, levels, guidance_interval, pag_applied_layers)
+                    model_output = self.guided_output(*inputs, sigma, guidance_interval, pag_applied_layers)
                 else:
-                    self.guider.set_state(i - first, self._num_timesteps, timestep)
+                    self.guider.set_state(i, self._num_timesteps, timestep)
                     model_output = self._guider_output(*inputs, latents, sigma)
-                if edited is not None and mask is not None:  # where the image stays, denoising finds it
+                if (
+                    edited is not None and mask is not None
+                ):  # where the mask is black, denoising finds the image
                     denoised = self.scheduler.precondition_outputs(latents, model_output, sigma)
                     model_output = self._output_of(torch.where(mask, denoised, edited), latents, sigma)
                 if callback_on_step_end is not None:
@@ -412,10 +412,10 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
     def guided_output(
         self,
         model_input: torch.Tensor,
-        timesteps: torch.Tensor,
+        timestep: torch.Tensor,
         labels: torch.Tensor,
         null_labels: torch.Tensor,
-        sigmas: list[float],
+        sigma: float,
         guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
         pag_applied_layers: list[int] | None = None,
     ) -> torch.Tensor:
@@ -423,60 +423,51 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
 
         Args:
             model_input (`torch.Tensor` of shape `(batch, channels, height, width)`): c_in·x.
-            timesteps (`torch.Tensor` of shape `(batch,)` or scalar): c_noise.
+            timestep (`torch.Tensor`): c_noise.
             labels, null_labels (`torch.Tensor` of shape `(batch,)`): the classes to draw and those to steer
                 away from.
-            sigmas (`list[float]`): the noise level σ of each image.
+            sigma (`float`): the noise level σ.
             guidance_interval, pag_applied_layers: see [`__call__`].
 
         Returns:
             `torch.Tensor`: the guided network output F, of the shape of `model_input`, float32.
         """
+        weight = guidance_weight(sigma, self._guidance_scale, self._guidance_schedule, guidance_interval)
         low, high = guidance_interval
-        is_inside = [low <= sigma <= high for sigma in sigmas]
-        weights = [
-            guidance_weight(sigma, self._guidance_scale, self._guidance_schedule, guidance_interval)
-            for sigma in sigmas
-        ]
-
-        def column(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, device=model_input.device).reshape(-1, 1, 1, 1)
-
+        is_inside = low <= sigma <= high
         # D is affine in F, so that guidance of F equals guidance of D.
-        inputs = (model_input, timesteps, labels)
-        is_guided = any(weight != 1 for weight in weights)
+        inputs = (model_input, timestep, labels)
         if self._autoguidance_scale != 1:
             conditional = output = self._model_output(self.transformer, *inputs)
-            if is_guided:
+            if weight != 1:
                 worse, unconditional = self._outputs_of_both(self.guide, *inputs, null_labels)
-                output = output + column([weight - 1 for weight in weights]) * (worse - unconditional)
-            elif any(is_inside):
+                output = output + (weight - 1) * (worse - unconditional)
+            elif is_inside:
                 worse = self._model_output(self.guide, *inputs)
-            if any(is_inside):
-                strengths = [(self._autoguidance_scale - 1) * inside for inside in is_inside]
-                output = output + column(strengths) * (conditional - worse)
-        elif is_guided:
-            conditional, unconditional = self._outputs_of_both(self.transformer, *inputs, null_labels)
-            output = unconditional + column(weights) * (conditional - unconditional)
-        else:
+            if is_inside:
+                output = output + (self._autoguidance_scale - 1) * (conditional - worse)
+        elif weight == 1:
             conditional = output = self._model_output(self.transformer, *inputs)
-        if self._pag_scale == 0 or not any(is_inside):
+        else:
+            conditional, unconditional = self._outputs_of_both(self.transformer, *inputs, null_labels)
+            output = unconditional + weight * (conditional - unconditional)
+        if self._pag_scale == 0 or not is_inside:
             return output
         if pag_applied_layers is None:
             pag_applied_layers = [3 * self.transformer.config.num_layers // 10]
         perturbed = self._model_output(self.transformer, *inputs, perturbed_layers=pag_applied_layers)
-        return output + column([self._pag_scale * inside for inside in is_inside]) * (conditional - perturbed)
+        return output + self._pag_scale * (conditional - perturbed)
 
     def _model_output(
         self,
         model: ModelMixin,
         model_input: torch.Tensor,
-        timesteps: torch.Tensor,
+        timestep: torch.Tensor,
         labels: torch.Tensor,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Runs a network on `(batch, channels, height, width)`; returns its raw output in float32."""
-        timesteps = timesteps.float().expand(len(model_input))
+        timesteps = timestep.float().expand(len(model_input))
         output = model(model_input.to(model.dtype), timesteps, labels, **kwargs, return_dict=False)[0]
         return output.float()
 
@@ -484,13 +475,12 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         self,
         model: ModelMixin,
         model_input: torch.Tensor,
-        timesteps: torch.Tensor,
+        timestep: torch.Tensor,
         labels: torch.Tensor,
         null_labels: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """Returns the outputs of a network for the classes and for the null class, in one evaluation."""
-        timesteps = timesteps.expand(len(model_input)).repeat(2)
-        both = [torch.cat([model_input] * 2), timesteps, torch.cat([labels, null_labels])]
+        both = [torch.cat([model_input] * 2), timestep, torch.cat([labels, null_labels])]
         return self._model_output(model, *both).chunk(2)
 
     def _guider_output(

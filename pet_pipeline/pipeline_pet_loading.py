@@ -43,6 +43,7 @@ PIPELINE_MODULES = (
 
 MAX_LABEL_LENGTH = 256
 MAX_SCALE = 100.0  # useful values are about 0 to 3; float16 overflows at thousands
+MAX_STEPS = 1000
 NUM_BANDS = 8  # bands of noise levels in a calibration
 
 # Pillow reads these formats by itself; for some others it starts programs.
@@ -114,12 +115,16 @@ class PetPipelineMixin(PipelineBase):
         }
         for name, scale in scales.items():
             check_scale(name, scale)
+        if check_integer("num_inference_steps", num_inference_steps) > MAX_STEPS:
+            raise ValueError(
+                f"`num_inference_steps` must be at most {MAX_STEPS}, but is {num_inference_steps}."
+            )
         check_same_config("guide", guide, transformer, ("num_classes", "in_channels"))
         check_same_config("probe", probe, transformer, ("num_classes",))
         self.register_to_config(
             id2label={str(key): name for key, name in self.id2label.items()},
             calibration=calibration,
-            num_inference_steps=check_integer("num_inference_steps", num_inference_steps),
+            num_inference_steps=num_inference_steps,
             **scales,
         )
 
@@ -265,8 +270,10 @@ class PetPipelineMixin(PipelineBase):
             raise ValueError(f"A class id must be in [0, {self.null_class_id - 1}], but is {label_id}.")
         return [label_id]
 
-    def prepare_images(self, images: Any) -> torch.Tensor:
+    def prepare_images(self, images: Any, num_channels: int | None = None) -> torch.Tensor:
         """Returns images as `(N, channels, height, width)` in [-1, 1], upright, resized and cropped.
+
+        The number of channels is that of the model if it is not given.
 
         Raises:
             ValueError: if there is no image, or an image cannot be used; the message names it.
@@ -277,12 +284,21 @@ class PetPipelineMixin(PipelineBase):
             images = [images]
         if not images:
             raise ValueError("There is no image.")
-        return torch.stack([self.prepare_image(image, f"Image {i}") for i, image in enumerate(images)])
+        return torch.stack(
+            [self.prepare_image(image, f"Image {i}", num_channels) for i, image in enumerate(images)]
+        )
 
-    def prepare_image(self, image: Any, name: str) -> torch.Tensor:
+    def prepare_image(self, image: Any, name: str, num_channels: int | None = None) -> torch.Tensor:
         """Returns one image as `(channels, height, width)` in [-1, 1]; see [`prepare_images`]."""
         config = self.transformer.config
-        return image_tensor(image, name, config.sample_size, config.in_channels)
+        return image_tensor(image, name, config.sample_size, num_channels or config.in_channels)
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the model was tuned to draw in a few steps without guidance, as its scheduler tells."""
+        # `EDMEulerScheduler.from_config` keeps settings of another scheduler that it does not use.
+        has_solvers = "solver" in inspect.signature(type(self.scheduler).__init__).parameters
+        return has_solvers and self.scheduler.config.solver == "consistency"
 
     def takes_argument(self, name: str) -> bool:
         """Whether the model's `forward` has an argument of this name."""

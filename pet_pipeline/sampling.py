@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from .guidance_pet import GUIDANCE_SCHEDULES
+
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 
     from .pipeline_pet_diffusion import PetDiffusionPipeline
 
-# The pipeline has the same schedules; a test compares them.
-GUIDANCE_SCHEDULES = ("adaptive", "constant", "interval")
 SOLVERS = ("multistep", "euler", "heun")
 SCHEDULERS = (*SOLVERS, "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .pipeline_pet_classification import ClassificationEvidence
 from .pipeline_pet_diffusion import PetDiffusionPipeline
+from .pipeline_pet_loading import eight_bit_image
 from .sampling import generate, image_generators, seeds_by_class
 
 
@@ -41,7 +42,7 @@ def image_grid(
             draw.text((MARGIN, y + height / 2), row_labels[r], fill=(0, 0, 0), font=font, anchor="lm")
         for c, image in enumerate(row):
             grid.paste(
-                image.convert("RGB").resize((width, height), Image.Resampling.NEAREST),
+                eight_bit_image(image).resize((width, height), Image.Resampling.NEAREST),
                 (left + c * (width + MARGIN), y),
             )
     widest = max((font.getlength(label) for label in column_labels or []), default=0)
@@ -95,7 +96,8 @@ class DenoisingRecorder:
         tensors: dict[str, torch.Tensor],
     ) -> dict:
         """Records a step without changing it."""
-        sigma, next_sigma = pipeline.scheduler.sigmas[step : step + 2].tolist()
+        index = pipeline.scheduler.step_index - 1  # an edit does not begin at the first level
+        sigma, next_sigma = pipeline.scheduler.sigmas[index : index + 2].tolist()
         scale = (next_sigma**2 + pipeline.scheduler.config.sigma_data**2) ** 0.5
         self.sigmas.append(sigma)
         self.noisy.append(tensors["latents"].cpu() / scale)
@@ -146,7 +148,7 @@ def denoising_strip(
 
 def compared_steps(pipeline: PetDiffusionPipeline) -> tuple[int, ...]:
     """Returns the numbers of steps that are worth a comparison, from few to more than enough."""
-    if pipeline.scheduler.config.get("solver") == "consistency":
+    if pipeline.is_tuned:
         return (1, 2, 4, 8)
     return (5, 10, 20, 40)
 
@@ -179,7 +181,10 @@ def loss_curves(metrics_path: str | Path) -> Image.Image:
     """Draws the losses of a training from its `metrics.jsonl`, by images seen and by noise level."""
     records = [json.loads(line) for line in Path(metrics_path).read_text().splitlines()]
     train = [record for record in records if "train/loss" in record]
-    validation = [record for record in records if "validation/loss" in record]
+    measure, label = "validation/loss", "validation (EMA weights)"
+    if any("validation/teacher_distance" in record for record in records):
+        measure, label = "validation/teacher_distance", "distance to the teacher (EMA weights)"
+    validation = [record for record in records if measure in record]
     figure = _figure(11, 4)
     left, right = figure.subplots(1, 2)
 
@@ -189,8 +194,8 @@ def loss_curves(metrics_path: str | Path) -> Image.Image:
             losses = [record[key] for record in train]
             left.plot(train_images, losses, linewidth=0.8, label=key.removeprefix("train/term_"))
     validation_images = [record["images"] for record in validation]
-    losses = [record["validation/loss"] for record in validation]
-    left.plot(validation_images, losses, color="black", marker=".", label="validation (EMA weights)")
+    losses = [record[measure] for record in validation]
+    left.plot(validation_images, losses, color="black", marker=".", label=label)
     left.set(xlabel="images seen", ylabel="loss terms, network output space", yscale="log", title="losses")
     left.legend(fontsize=8)
 
@@ -233,7 +238,7 @@ def evidence_figure(
 
 
 def array_image(image: torch.Tensor) -> Image.Image:
-    """Converts a uint8 tensor `(channels, height, width)` of one or three channels to an image."""
+    """Converts a uint8 tensor `(channels, height, width)` of 1, 3 or 4 channels to an image."""
     return Image.fromarray(image.squeeze(0).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
 
 

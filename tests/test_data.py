@@ -81,7 +81,9 @@ def test_labels_may_be_integers_or_strings(tmp_path):
     assert load(folder, tmp_path, label_column="breed", classes=["tabby"]).labels.tolist() == [0, 0]
     for labels, found in (([1, None], "row 1 has None"), ([0.5, 1.0], "row 0 has 0.5")):
         with pytest.raises(ValueError, match=f"'label' must have an integer or a string .* {found}"):
-            load(save_rows(tmp_path / "bad", label=labels), tmp_path)
+            load(save_rows(tmp_path / "bad", label=labels), tmp_path, label_column="label")
+    for labels in ([0.5, 1.0], [[1], [2]]):  # which are no labels
+        assert load(save_rows(tmp_path / "other", label=labels), tmp_path).class_names == ["image"]
 
 
 def test_images_without_labels_are_one_class(tmp_path):
@@ -92,7 +94,7 @@ def test_images_without_labels_are_one_class(tmp_path):
     dataset = load(folder, tmp_path)
     assert dataset.class_names == ["image"] and dataset.labels.tolist() == [0, 0, 0]
     assert load(save_rows(tmp_path / "captions", caption=["x", "y"]), tmp_path).class_names == ["image"]
-    with pytest.raises(ValueError, match="no class 'cat', 'dog'; it has no labels, so use all of it"):
+    with pytest.raises(ValueError, match="no class 'cat', 'dog'; it has no labels, use `--classes all`"):
         load(folder, tmp_path, classes=["cat", "dog"])
 
 

@@ -182,7 +182,7 @@ def test_a_reference_is_split_as_its_training_was(image_folder):
 def test_evaluate_writes_its_files(pipeline, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(FEATURE_EXTRACTORS, "efficientnet", Pixels)
     judge = PetClassifier(width=4).eval()
-    monkeypatch.setattr("pet_pipeline.evaluation.images.load_classifier", lambda names, resolution: judge)
+    monkeypatch.setattr("pet_pipeline.evaluation.images.load_classifier", lambda *args: judge)
     pipeline.save_pretrained(tmp_path / "model")
     words = ["evaluate", str(tmp_path / "model"), "--reference", str(image_folder), "--num_images", "16"]
     words += ["--steps", "2", "--floors", "--cache_dir", str(tmp_path / "cache")]

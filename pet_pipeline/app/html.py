@@ -100,18 +100,19 @@ def evidence_html(image: Image.Image, evidence: ClassificationEvidence, names: l
 def neighbors_html(samples: Samples, training_images: torch.Tensor) -> str:
     """Returns each sample beside the training images that are closest to it.
 
-    The training images are uint8, of shape `(M, 3, height, width)`.
+    The training images are uint8, of shape `(M, channels, height, width)`.
     """
     from ..evaluation.metrics import nearest_neighbors, pixel_distances
-    from ..training.data import image_to_tensor, to_model_range
+    from ..training.data import image_mode, image_to_tensor, to_model_range
 
     labels_and_images = [
         (f"{name}, seed {seed}", image)
         for name, row in samples.rows.items()
         for seed, image in enumerate(row, samples.seed)
     ]
-    size = training_images.shape[-1]
-    pixels = to_model_range(torch.stack([image_to_tensor(image, size) for _, image in labels_and_images]))
+    size, mode = training_images.shape[-1], image_mode(training_images.shape[1])
+    tensors = [image_to_tensor(image, size, mode) for _, image in labels_and_images]
+    pixels = to_model_range(torch.stack(tensors))
     known = to_model_range(training_images)
     copies = nearest_neighbors(pixels, known).memorization_ratio() * len(pixels)
     closest = pixel_distances(pixels, known).topk(min(NUM_NEIGHBORS, len(known)), largest=False)

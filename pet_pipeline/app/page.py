@@ -61,7 +61,7 @@ def settings_inputs(handlers: Handlers, settings: SampleSettings) -> list[gr.com
     for name, option in SampleSettings.options().items():
         value = getattr(settings, name)
         is_possible = name != "autoguidance_scale" or handlers.pipeline.guide is not None
-        if handlers.pipeline.scheduler.config.get("solver") == "consistency":  # it draws without guidance
+        if handlers.pipeline.is_tuned:  # it draws without guidance
             is_possible = name == "steps"
         common: dict[str, Any] = {"label": option.label, "info": option.help, "visible": is_possible}
         if option.slider is not None:

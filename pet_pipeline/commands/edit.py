@@ -44,7 +44,10 @@ def add_parser(commands: Any) -> None:
         "default is 0.5, or 1 with --mask",
     )
     parser.add_argument(
-        "--mask", type=Path, metavar="FILE", help="image that is white where the other is drawn anew"
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="image file that is white where pixels are drawn anew, and black where they are kept",
     )
     parser.add_argument("--num_samples", type=positive_integer, default=5, help="number of images per class")
     add_sampling_options(parser)

@@ -164,7 +164,8 @@ def run_classification(args: argparse.Namespace) -> None:
         },
         "measures": measures,
     }
-    network = load_classifier(names, pipeline.transformer.config.sample_size)
+    config = pipeline.transformer.config
+    network = load_classifier(names, config.sample_size, config.in_channels)
     if network is not None:
         measures["network_accuracy"] = class_accuracy(images.images, images.labels, network)
     if args.curve:

@@ -136,10 +136,11 @@ def class_accuracy(images: torch.Tensor, labels: torch.Tensor, classifier: PetCl
     return (torch.cat(found) == labels).float().mean().item()
 
 
-def load_classifier(names: list[str], resolution: int) -> PetClassifier | None:
-    """Loads the bundled classifier, or returns `None` if it has other classes or another resolution."""
+def load_classifier(names: list[str], resolution: int, num_channels: int = 3) -> PetClassifier | None:
+    """Loads the bundled classifier, or returns `None` if it classifies other classes or images."""
     config = PetClassifier.load_config(BUNDLED_CLASSIFIER)
-    if config["class_names"] != list(names) or config["sample_size"] != resolution:
+    known = [config["class_names"], config["sample_size"], config["in_channels"]]
+    if known != [list(names), resolution, num_channels]:
         return None
     return PetClassifier.from_pretrained(BUNDLED_CLASSIFIER, dtype=torch.float32)
 
@@ -244,7 +245,8 @@ def evaluate(
             f"`num_images` must be at most {num_real_images}, the number of real images with equal shares of "
             f"each class, but is {num_images}."
         )
-    classifier = load_classifier(pipeline.class_names, pipeline.transformer.config.sample_size)
+    config = pipeline.transformer.config
+    classifier = load_classifier(pipeline.class_names, config.sample_size, config.in_channels)
     generated = generate_images(pipeline, num_images, batch_size, seed, **kwargs)
     # A guidance schedule may be a function, which JSON cannot hold: the record keeps its name.
     given = {
@@ -268,8 +270,7 @@ def evaluate(
         "images_per_second": 1 / generated.seconds,
         "measures": measure_images(generated.images, generated.labels, reference, extractor, classifier),
     }
-    is_tuned = pipeline.scheduler.config.get("solver") == "consistency"
-    if validation_images and not is_tuned:
+    if validation_images and not pipeline.is_tuned:
         held_out = reference.validation.subset(
             torch.arange(min(validation_images, len(reference.validation)))
         )

@@ -212,18 +212,25 @@ def choose_checkpoint(args: argparse.Namespace, num_processes: int) -> tuple[Pat
 
 
 def describe_training(
-    args: argparse.Namespace, transformer: ModelMixin, split: dict[str, Any]
+    args: argparse.Namespace, transformer: ModelMixin, split: dict[str, Any], teacher: str | None = None
 ) -> dict[str, Any]:
     """Describes in JSON what a resumed training must have in common with its checkpoint.
 
-    This is the split (see [`describe_split`]), the options that decide what a checkpoint holds, and the
-    configuration of the denoiser without its dropout, which a resumed training may change.
+    This is the split (see [`describe_split`]), the options that decide what a checkpoint holds, the digest
+    of a `teacher`, and the configuration of the denoiser without its dropout, which a resumed training may
+    change.
     """
     config = json.loads(transformer.to_json_string())
     config.pop("dropout", None)  # not every model has this argument
     return {
         "split": split,
-        "options": {name: getattr(args, name) for name in ("objective", "optimizer", "learned_weighting")},
+        "options": {
+            **{
+                name: getattr(args, name)
+                for name in ("objective", "optimizer", "learned_weighting", "lora_rank")
+            },
+            "teacher": teacher,
+        },
         "model": {name: value for name, value in config.items() if not name.startswith("_")},
     }
 

@@ -1,30 +1,26 @@
 """Consistency tuning: a trained denoiser learns to reach the image from any noise level in one step.
 
-The objective is that of Song et al. (2023), "Consistency Models", algorithm 2: a student, which is its own
-target one noise level lower, learns what a teacher does in many steps. The distance of the two levels follows
-Geng et al. (2024), "Consistency Models Made Easy" (ECT). The teacher is guided, and so its guidance is built
-into the student, which needs one evaluation a step.
+What is learned is a consistency function (Song et al. 2023, "Consistency Models"), which maps every point of
+a trajectory of the probability-flow ODE to the trajectory's end. A frozen teacher draws an image, and the
+student learns to find this image in each noisy image on the way. Luhman and Luhman (2021), "Knowledge
+Distillation in Iterative Generative Models for Improved Sampling Speed", do so from the start of a trajectory
+alone. The teacher is guided, and so its guidance is built into the student, which needs one evaluation for
+each step.
 """
 
+import hashlib
+
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 
 from ..pipeline_pet_diffusion import PetDiffusionPipeline
-from ..sampling import image_generators
+from ..sampling import generate, model_digests
 from ..scheduling_adaptive_edm import AdaptiveEDMScheduler
 
 
-# The parameters q, k and b of ECT (equations 15 and 16), at the end of its schedule.
-LEVEL_RATIO, LEVEL_GROWTH, LEVEL_SHARPNESS = 256, 8, 1
-
-
-def lower_levels(sigmas: torch.Tensor) -> torch.Tensor:
-    """Returns the noise level at which the student is its own target, of shape `(batch,)`.
-
-    It is lower than `sigmas` by 1/256 of them at high noise, and by up to 5/256 at low noise.
-    """
-    growth = 1 + LEVEL_GROWTH * torch.sigmoid(-LEVEL_SHARPNESS * sigmas)
-    return sigmas * (1 - growth / LEVEL_RATIO)
+NUM_STEPS = 11  # of the teacher
+NUM_LEVELS = 8  # the first levels of a trajectory, which are learned; the student is not called at lower ones
+JITTER = 0.3  # levels move towards a neighbour by up to this fraction of the way, in ln σ
+NUM_DISTANCE_IMAGES = 64
 
 
 class ConsistencyTeacher:
@@ -32,12 +28,15 @@ class ConsistencyTeacher:
 
     Args:
         pipeline ([`PetDiffusionPipeline`]): the teacher. Its models are changed: they no longer learn.
-        num_validation_images (`int`): number of images that [`distance`] compares.
+
+    Raises:
+        ValueError: if the pipeline has a guider or was itself tuned.
     """
 
-    def __init__(self, pipeline: PetDiffusionPipeline, num_validation_images: int = 64) -> None:
+    def __init__(self, pipeline: PetDiffusionPipeline) -> None:
+        if pipeline.guider is not None or pipeline.is_tuned:
+            raise ValueError("A teacher must be a pipeline without a guider that was not tuned to few steps.")
         self.pipeline = pipeline
-        self.num_validation_images = num_validation_images
         self._solutions: torch.Tensor | None = None
         for model in (pipeline.transformer, pipeline.guide):
             if model is not None:
@@ -46,70 +45,66 @@ class ConsistencyTeacher:
         pipeline.set_guidance()
         pipeline.check_inputs()
 
+    @property
+    def digest(self) -> str:
+        """A short hash of what the student learns: the teacher's weights and guidance."""
+        config = self.pipeline.config
+        guidance = [config.guidance_scale, config.pag_scale, config.autoguidance_scale]
+        return hashlib.sha256(f"{model_digests(self.pipeline)} {guidance}".encode()).hexdigest()[:16]
+
     @torch.no_grad()
-    def denoise(self, noisy_images: torch.Tensor, labels: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-        """Returns the guided denoised images.
+    def trajectories(
+        self, images: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Draws images, and returns the noisy images on the way.
 
         Args:
-            noisy_images (`torch.Tensor` of shape `(batch, channels, height, width)`): images x = y + σ·n.
+            images (`torch.Tensor` of shape `(batch, channels, height, width)`): images in [-1, 1], of which
+                the first `batch` / 8 are starting points, under noise of the highest level.
             labels (`torch.Tensor` of shape `(batch,)`): their classes.
-            sigmas (`torch.Tensor` of shape `(batch,)`): their noise levels σ.
+
+        Returns:
+            `tuple`: 8 noisy images of each trajectory, their classes and noise levels σ, and the images that
+            were drawn, once for each noisy image; each of the length of `batch`, if 8 divides it.
         """
-        scheduler = self.pipeline.scheduler
-        output = self.pipeline.guided_output(
-            scheduler.precondition_inputs(noisy_images, sigmas),
-            scheduler.precondition_noise(sigmas),
-            labels,
-            torch.full_like(labels, self.pipeline.null_class_id),
-            sigmas.tolist(),
+        number = max(1, len(images) // NUM_LEVELS)
+        images, labels = images[:number], labels[:number]
+        config = self.pipeline.scheduler.config
+        scheduler = AdaptiveEDMScheduler.from_config(config, solver="multistep", s_churn=0.0)
+        scheduler.set_timesteps(NUM_STEPS)
+        logs = scheduler.sigmas[:-1].log()
+        steps, moves = logs.diff(), JITTER * (2 * torch.rand(NUM_STEPS - 2) - 1)
+        logs[1:-1] += moves * torch.where(moves > 0, steps[1:], steps[:-1])
+        levels = logs.exp()
+        scheduler.set_timesteps(sigmas=levels, device=images.device)
+        scheduler.set_begin_index(0)
+        null_labels = torch.full_like(labels, self.pipeline.null_class_id)
+        sample = images + levels[0] * torch.randn_like(images)
+        noisy_images = []
+        for timestep, sigma in zip(scheduler.timesteps, levels.tolist()):
+            noisy_images.append(sample)
+            model_input = scheduler.scale_model_input(sample, timestep)
+            output = self.pipeline.guided_output(model_input, timestep, labels, null_labels, sigma)
+            sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+        return (
+            torch.cat(noisy_images[:NUM_LEVELS]),
+            labels.repeat(NUM_LEVELS),
+            levels[:NUM_LEVELS].to(images.device).repeat_interleave(number),
+            sample.clamp(-1, 1).repeat(NUM_LEVELS, 1, 1, 1),
         )
-        return scheduler.precondition_outputs(noisy_images, output, sigmas)
 
-    @torch.no_grad()
-    def target(
-        self,
-        student: ModelMixin,
-        scheduler: AdaptiveEDMScheduler,
-        noisy_images: torch.Tensor,
-        labels: torch.Tensor,
-        sigmas: torch.Tensor,
-    ) -> torch.Tensor:
-        """Returns the images that the student should find in noisy images; see [`denoise`].
-
-        The teacher takes a step of Euler's method to [`lower_levels`], and the student denoises the result.
-        """
-        lower = lower_levels(sigmas)
-        ratio = (lower / sigmas).reshape(-1, 1, 1, 1)
-        denoised = self.denoise(noisy_images, labels, sigmas)
-        less_noisy_images = denoised + ratio * (noisy_images - denoised)
-        model_input = scheduler.precondition_inputs(less_noisy_images, lower)
-        # The dropout of the target is that of the student's next evaluation, as in ECT.
-        devices = [noisy_images.device] if noisy_images.is_cuda else []
-        with torch.random.fork_rng(devices):
-            output = student(model_input, scheduler.precondition_noise(lower), labels, return_dict=False)[0]
-        return scheduler.precondition_outputs(less_noisy_images, output.float(), lower)
-
-    def distance(self, student: PetDiffusionPipeline) -> float:
+    def distance(self, student: PetDiffusionPipeline, batch_size: int = 64) -> float:
         """Returns how far the student's single step is from the teacher's image of the same noise.
 
-        It is the root mean square over [`num_validation_images`] images in [-1, 1], of each class in turn.
+        It is the root mean square over 64 images in [-1, 1], of each class in turn.
         """
-        labels = [index % self.pipeline.null_class_id for index in range(self.num_validation_images)]
+        labels_and_seeds = [(index % student.null_class_id, index) for index in range(NUM_DISTANCE_IMAGES)]
 
         def draw(pipeline: PetDiffusionPipeline, num_steps: int | None) -> torch.Tensor:
-            generator = image_generators(len(labels))
-            return pipeline(labels, num_steps, generator=generator, output_type="latent").images
+            options = {"num_inference_steps": num_steps, "output_type": "latent"}
+            drawn = generate(pipeline, labels_and_seeds, batch_size, **options)
+            return torch.stack([image for _, _, image in drawn]).clamp(-1, 1)
 
         if self._solutions is None:
             self._solutions = draw(self.pipeline, None)
-        difference = draw(student, 1).clamp(-1, 1) - self._solutions.clamp(-1, 1)
-        return difference.square().mean().sqrt().item()
-
-
-def consistency_weights(sigmas: torch.Tensor, sigma_data: float) -> torch.Tensor:
-    """Returns the weights of ECT, 1/(σ - [`lower_levels`]) for the error of an image, of shape `(batch,)`.
-
-    The factor c_out² makes them weights for the error of the network's output.
-    """
-    c_out_squared = sigmas**2 * sigma_data**2 / (sigmas**2 + sigma_data**2)
-    return c_out_squared / (sigmas - lower_levels(sigmas))
+        return (draw(student, 1) - self._solutions).square().mean().sqrt().item()

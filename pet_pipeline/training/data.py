@@ -112,7 +112,7 @@ def load_image_dataset(
     unknown = [name for name in classes if name not in names]
     if unknown:
         known = (
-            "it has no labels, so use all of it" if names == [UNLABELLED] else f"it has {', '.join(names)}"
+            "it has no labels, use `--classes all`" if names == [UNLABELLED] else f"it has {', '.join(names)}"
         )
         raise ValueError(f"The data set has no class {', '.join(map(repr, unknown))}; {known}.")
     if len(set(classes)) < len(classes):
@@ -153,7 +153,7 @@ def read_labels(dataset: datasets.Dataset, column: str | None = None) -> tuple[l
     if column is None and any(isinstance(feature, datasets.ClassLabel) for feature in features.values()):
         kinds = (datasets.ClassLabel,)
     elif column is None:
-        column = next((name for name in LABEL_NAMES if name in features), None)
+        column = next((name for name in LABEL_NAMES if holds_labels(features.get(name))), None)
         if column is None:
             return [UNLABELLED], np.zeros(len(dataset), dtype=np.int64)
     column = find_column(dataset, column, kinds, "label_column")
@@ -168,6 +168,13 @@ def read_labels(dataset: datasets.Dataset, column: str | None = None) -> tuple[l
             )
     names, ids = np.unique(labels, return_inverse=True)
     return [str(name) for name in names], ids
+
+
+def holds_labels(feature: Any) -> bool:
+    """Whether a column of `datasets` holds integers or strings."""
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(
+        ("int", "uint", "string", "large_s")
+    )
 
 
 def find_column(

@@ -12,6 +12,10 @@ from ..transformer_pet import PRESETS, PetTransformer2DModel, dct_matrix, transf
 from .data import ImageDataset
 
 
+# The parts of a denoiser whose linear layers low-rank updates change.
+LORA_PARTS = ("transformer_blocks", "encoder_blocks", "decoder_blocks", "time_embedding", "modulation")
+
+
 def create_denoiser(
     args: argparse.Namespace,
     pretrained: PetDiffusionPipeline | None,
@@ -35,6 +39,10 @@ def create_denoiser(
                     "--resolution, and give the classes of the saved pipeline in their order."
                 )
             transformer, draw["solver"] = copy.deepcopy(transformer), "consistency"
+        elif pretrained.is_tuned:
+            draw["solver"] = "multistep"
+        if args.lora_rank is not None:
+            add_low_rank_updates(transformer, args.lora_rank)
         scheduler = AdaptiveEDMScheduler.from_config(pretrained.scheduler.config, **draw)
         return transformer.train(), scheduler
     scheduler = AdaptiveEDMScheduler(prediction_type=args.prediction_type, **draw)
@@ -59,9 +67,34 @@ def pipeline_defaults(
     """Returns the arguments of the trained pipeline that decide how it samples if a call does not."""
     if args.objective == "consistency":
         return {"guidance_scale": 1.0, "num_inference_steps": 2}
+    defaults = {} if pretrained is None else {"pag_scale": pretrained.config.pag_scale}
     if num_classes == 1:  # guidance would have nothing to tell apart
-        return {"guidance_scale": 1.0}
-    return {} if pretrained is None else {"pag_scale": pretrained.config.pag_scale}
+        defaults["guidance_scale"] = 1.0
+    return defaults
+
+
+def add_low_rank_updates(transformer: PetTransformer2DModel, rank: int) -> None:
+    """Freezes a denoiser, and adds trainable updates of low rank to its linear layers (LoRA, Hu et al. 2022).
+
+    The layers are those of the blocks and of the conditioning. PEFT is needed.
+    """
+    from peft import LoraConfig
+
+    transformer.requires_grad_(False)
+    layers = [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith(LORA_PARTS)
+    ]
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
+
+
+def merge_low_rank_updates(transformer: PetTransformer2DModel) -> PetTransformer2DModel:
+    """Returns a copy of a denoiser with its low-rank updates added to the weights."""
+    merged = copy.deepcopy(transformer)
+    merged.fuse_lora()
+    merged.unload_lora()
+    return merged
 
 
 def frequency_variances(images: torch.Tensor, patch_size: int) -> list[float]:

@@ -10,6 +10,7 @@ import torch
 from ..commands.options import HelpFormatter, positive_integer, whole_number
 from ..transformer_pet import PRESETS as MODEL_PRESETS
 from ..transformer_pet import PetTransformer2DModel
+from .consistency import NUM_LEVELS
 from .data import IMAGE_MODES
 from .losses import PRESETS as LOSS_PRESETS
 
@@ -17,15 +18,13 @@ from .losses import PRESETS as LOSS_PRESETS
 NEW_MODEL_OPTIONS = ("preset", "model_config", "prediction_type", "frequency_preconditioning")
 # Defaults of the objective `consistency` that differ from those of the objective `denoising`.
 CONSISTENCY_DEFAULTS: dict[str, Any] = {
-    "noise_schedule": "fixed",
-    "p_mean": -1.1,
-    "p_std": 2.0,
     "loss": "mse",
     "learned_weighting": False,
     "label_dropout": 0.0,
     "optimizer": "adamw",
-    "learning_rate": 3e-4,
+    "learning_rate": 1e-3,
 }
+NOISE_OPTIONS = ("noise_schedule", "p_mean", "p_std")
 HUB_OPTIONS = ("hub_model_id", "hub_private_repo", "hub_token", "hub_strategy")
 
 # `--model_config` does not take these arguments of the model, since the data or the scheduler share them.
@@ -93,6 +92,15 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error("--objective consistency requires --pretrained_model_name_or_path, the teacher")
         if args.label_dropout:
             parser.error("--label_dropout must be 0 with --objective consistency: the student is not guided")
+        if args.train_batch_size % NUM_LEVELS:
+            parser.error(
+                f"--train_batch_size must be a multiple of {NUM_LEVELS} with --objective consistency"
+            )
+        for name in NOISE_OPTIONS:
+            if is_given(name):
+                parser.error(f"--{name} has no effect with --objective consistency")
+    if args.lora_rank is not None and args.pretrained_model_name_or_path is None:
+        parser.error("--lora_rank requires --pretrained_model_name_or_path")
     known = inspect.signature(PetTransformer2DModel.__init__).parameters
     for name in args.model_config:
         if name in SHARED_ARGUMENTS:
@@ -173,6 +181,11 @@ def build_parser() -> argparse.ArgumentParser:
         "start afresh, and --resolution may differ from that of the pipeline",
     )
     add(
+        "--lora_rank",
+        type=positive_integer,
+        help="train low-rank updates of this rank (LoRA) of the saved pipeline, instead of all its weights",
+    )
+    add(
         "--frequency_preconditioning",
         action=flag,
         default=True,
@@ -190,7 +203,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--objective",
         choices=["denoising", "consistency"],
         default="denoising",
-        help="`consistency` tunes the saved pipeline to draw in one to four steps, its guidance built in",
+        help="`consistency` tunes the saved pipeline to draw in a few steps, with its guidance built in; "
+        "other defaults then hold, which docs/training.md lists",
     )
     add(
         "--noise_schedule",

@@ -16,6 +16,7 @@ from ..visualization import denoising_strip, loss_curves, sample_grid, step_comp
 from .checkpointing import TrainingState, save_pipeline
 from .consistency import ConsistencyTeacher
 from .data import ImageDataset
+from .denoiser import merge_low_rank_updates
 from .hardware import device_name
 from .log import TrainingLog
 
@@ -40,10 +41,13 @@ class TrainingResults:
         self.output_dir = Path(self.args.output_dir)
         self.validation_set = self.held_out_set.first(self.args.validation_images)
         self.pipeline.set_progress_bar_config(disable=True)
+        self.averaged = self.pipeline.transformer
 
     def update_pipeline(self) -> PetDiffusionPipeline:
         """Copies the averaged weights into the pipeline, and returns the pipeline."""
-        self.ema.copy_to(self.pipeline.transformer.parameters())
+        self.ema.copy_to(self.averaged.parameters())
+        if self.args.lora_rank is not None:
+            self.pipeline.transformer = merge_low_rank_updates(self.averaged)
         return self.pipeline
 
     def measure(self) -> None:
@@ -64,17 +68,18 @@ class TrainingResults:
         by_level = {}
         with self.accelerator.autocast():
             if self.teacher is not None:
-                loss = self.teacher.distance(pipeline)
+                key, loss = "teacher_distance", self.teacher.distance(pipeline, self.args.train_batch_size)
             else:
                 errors = validation_loss(
                     pipeline.transformer, pipeline.scheduler, self.validation_set, self.args.train_batch_size
                 )
-                loss = sum(errors.values()) / len(errors)
+                key, loss = "loss", sum(errors.values()) / len(errors)
                 by_level = {f"validation/sigma_{sigma:.3g}": error for sigma, error in errors.items()}
         self.validation_losses[self.state.step] = loss
-        self.log.write({"validation/loss": loss, **by_level})
+        self.log.write({f"validation/{key}": loss, **by_level})
+        measure = "validation loss" if self.teacher is None else "distance to the teacher"
         self.accelerator.print(
-            f"step {self.state.step:,}, {self.state.images:,} images, validation loss {loss:.4f}"
+            f"step {self.state.step:,}, {self.state.images:,} images, {measure} {loss:.4f}"
         )
         best = self.output_dir / "best"
         if not best.exists():  # the training may have been resumed into another folder
@@ -100,6 +105,8 @@ class TrainingResults:
             return
         pipeline = self.update_pipeline()
         save_pipeline(pipeline, self.output_dir)
+        if self.args.lora_rank is not None:
+            self.averaged.save_lora_adapter(self.output_dir / "lora")
         for name in EVALUATION_FILES:  # of earlier weights
             (self.output_dir / name).unlink(missing_ok=True)
         sample_grid(pipeline, num_images=8, seed=0).save(self.output_dir / "samples.png")
