@@ -133,14 +133,20 @@ class PetPipelineMixin(PipelineBase):
         """Loads a saved pipeline. Without an argument, loads the bundled cats and dogs.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`, *optional*): a folder or a Hub id.
+            pretrained_model_name_or_path (`str` or `Path`, *optional*): a folder, a Hub id, or `"fast"`, the
+                bundled model that draws in a few steps.
             kwargs: see [`DiffusionPipeline.from_pretrained`]. `use_safetensors` defaults to `True`, so that
                 no pickle is read.
         """
         if pretrained_model_name_or_path is None:
             pretrained_model_name_or_path = Path(__file__).parent / "pretrained"
         kwargs.setdefault("use_safetensors", True)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if str(pretrained_model_name_or_path) != "fast" or Path("fast").is_dir():
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        fast = importlib.import_module(f"{__name__.rpartition('.')[0]}.fast")
+        pipeline = super().from_pretrained(Path(__file__).parent / "pretrained", **{**fast.OPTIONS, **kwargs})
+        fast.tune(pipeline)
+        return pipeline
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:

@@ -34,7 +34,7 @@ def load_pipeline(
         ValueError: if the pipeline cannot be loaded, the device or the scheduler cannot be used, or a model
             that is not on the Hub has a revision.
     """
-    if revision is not None and (model is None or Path(model).is_dir()):
+    if revision is not None and (model in (None, "fast") or Path(model).is_dir()):
         raise ValueError("--revision needs the Hub id of a model.")
     import torch
     from diffusers.utils import logging

@@ -36,7 +36,7 @@ seed = whole_number(0, MAX_SEED)
 def add_model_option(parser: argparse.ArgumentParser, positional: bool = False) -> None:
     """Adds the option, or the optional positional argument, that names the model, and its revision."""
     names = ["model"] if positional else ["--model", "--model_path"]
-    help = "folder of a saved pipeline, or its Hub id; the default is the model of the package"
+    help = "folder of a saved pipeline, its Hub id, or `fast`; the default is the model of the package"
     parser.add_argument(*names, nargs="?" if positional else None, metavar="PATH", help=help)
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
 
