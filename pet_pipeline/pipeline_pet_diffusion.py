@@ -359,9 +359,8 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
                 else:
                     self.guider.set_state(i, self._num_timesteps, timestep)
                     model_output = self._guider_output(*inputs, latents, sigma)
-                if (
-                    edited is not None and mask is not None
-                ):  # where the mask is black, denoising finds the image
+                # Where the mask is black, what denoising finds is the image.
+                if edited is not None and mask is not None:
                     denoised = self.scheduler.precondition_outputs(latents, model_output, sigma)
                     model_output = self._output_of(torch.where(mask, denoised, edited), latents, sigma)
                 if callback_on_step_end is not None:

@@ -198,7 +198,7 @@ def build_app(
 
     Raises:
         ValueError: if the pipeline's scheduler is not one of EDM, the pipeline has a guider, or its saved
-            strengths of guidance are not ones that the page offers.
+            steps or strengths of guidance are not ones that the page offers.
     """
     handlers = Handlers(pipeline, reference, closed)
     with gr.Blocks(title="pet_pipeline", analytics_enabled=False) as page:
