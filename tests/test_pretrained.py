@@ -22,8 +22,12 @@ def bundled() -> PetDiffusionPipeline:
 
 @pytest.fixture(scope="module")
 def samples() -> ImageDataset:
-    """The images of the card's picture: a row of 8 cats and a row of 8 dogs."""
-    with Image.open(BUNDLED_CLASSIFIER.parent / "pretrained" / "samples.png") as picture:
+    return read_samples("pretrained")
+
+
+def read_samples(folder: str) -> ImageDataset:
+    """The images of a card's picture: a row of 8 cats and a row of 8 dogs."""
+    with Image.open(BUNDLED_CLASSIFIER.parent / folder / "samples.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     side = 32 * 4 + MARGIN  # pixels are drawn as 4×4
     left = pixels.shape[1] - 8 * side
@@ -64,3 +68,23 @@ def test_it_classifies_its_samples(bundled, samples):
     chosen = samples.images[[0, 1, 8, 9]]
     labels = classifier(chosen, num_evaluations=8, generator=torch.Generator().manual_seed(0)).labels
     assert sum(label == name for label, name in zip(labels, ["cat", "cat", "dog", "dog"])) >= 3
+
+
+def test_the_fast_model_draws_what_it_drew_and_can_be_saved(tmp_path):
+    fast, drawn = PetDiffusionPipeline.from_pretrained("fast"), read_samples("pretrained_fast")
+    fast.save_pretrained(tmp_path)
+    assert fast.is_tuned and fast.guide is None and fast.probe is None and fast.config.calibration is None
+    for pipeline in (fast, PetDiffusionPipeline.from_pretrained(tmp_path)):
+        pipeline.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(2) for _ in range(2)]
+        images = pipeline(["cat", "dog"], generator=generators, output_type="pt").images
+        assert pipeline.num_timesteps <= 4
+        assert (images - drawn.images[[2, 10]].float() / 255).abs().mean() < 0.02
+    judge = load_classifier(["cat", "dog"], 32)
+    assert class_accuracy(drawn.images, drawn.labels, judge) >= 0.75
+
+
+def test_a_folder_called_fast_is_that_folder(tmp_path, monkeypatch, pipeline):
+    monkeypatch.chdir(tmp_path)
+    pipeline.save_pretrained("fast")
+    assert not PetDiffusionPipeline.from_pretrained("fast").is_tuned
