@@ -3,6 +3,7 @@
     python tests/benchmarks/sweep_sampling.py guidance --dataset_name uoft-cs/cifar10
     python tests/benchmarks/sweep_sampling.py steps --dataset_name uoft-cs/cifar10 --model out
     python tests/benchmarks/sweep_sampling.py autoguidance --dataset_name uoft-cs/cifar10 --guide folder
+    python tests/benchmarks/sweep_sampling.py few --dataset_name uoft-cs/cifar10 --model fast
 
 Every setting draws the same seeds, and is compared with training images, so that the test split stays unseen.
 The column "recognised" is what EfficientNet-Lite0, trained on the photographs of ImageNet, makes of the cats
@@ -61,6 +62,11 @@ SWEEPS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
                 (5.0, 2.0, (0.15, 5.0)),
             )
         ),
+    ],
+    # For a model that was tuned to few steps.
+    "few": [
+        (NONE | {"num_inference_steps": steps}, {"consistency_sigma_min": sigma_min})
+        for steps, sigma_min in ((4, 0.8), (2, 0.8), (1, 0.8), (4, 0.4), (2, 1.6))
     ],
     "pag": [({"guidance_scale": 2.5, "pag_scale": pag_scale}, {}) for pag_scale in (0.0, 0.5, 1.0)],
     "steps": [
