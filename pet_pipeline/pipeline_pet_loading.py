@@ -141,7 +141,7 @@ class PetPipelineMixin(PipelineBase):
         if pretrained_model_name_or_path is None:
             pretrained_model_name_or_path = Path(__file__).parent / "pretrained"
         kwargs.setdefault("use_safetensors", True)
-        if str(pretrained_model_name_or_path) != "fast" or Path("fast").is_dir():
+        if str(pretrained_model_name_or_path) != "fast" or Path("fast", cls.config_name).is_file():
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         fast = importlib.import_module(f"{__name__.rpartition('.')[0]}.fast")
         pipeline = super().from_pretrained(Path(__file__).parent / "pretrained", **{**fast.OPTIONS, **kwargs})

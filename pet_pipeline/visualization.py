@@ -174,7 +174,8 @@ def step_comparison(
         of_classes = _rows(pipeline, class_labels, num_images, seed, num_inference_steps=num_steps, **kwargs)
         rows.append([image for row in of_classes for image in row])
     columns = [names[label] for label in class_labels for _ in range(num_images)]
-    return image_grid(rows, [f"{num_steps} steps" for num_steps in steps], columns)
+    labels = [f"{num_steps} step{'s' if num_steps > 1 else ''}" for num_steps in steps]
+    return image_grid(rows, labels, columns)
 
 
 def loss_curves(metrics_path: str | Path) -> Image.Image:
