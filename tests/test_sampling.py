@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline, sampling
+from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
 from pet_pipeline.__main__ import build_parser
-from pet_pipeline.guidance_pet import GUIDANCE_SCHEDULES
-from pet_pipeline.pipeline_pet_loading import MAX_SCALE
+from pet_pipeline.pipeline_pet_loading import MAX_SCALE, MAX_STEPS
 from pet_pipeline.sampling import (
     SCHEDULERS,
     SampleSettings,
@@ -25,7 +24,7 @@ def test_defaults_are_those_of_the_pipeline():
     for name, option in SampleSettings.options().items():
         if option.argument is not None:
             assert getattr(settings, name) == call[option.argument].default
-    assert sampling.GUIDANCE_SCHEDULES == GUIDANCE_SCHEDULES
+    assert SampleSettings.options()["steps"].high == MAX_STEPS
     for name in ("pag_scale", "autoguidance_scale"):
         option = SampleSettings.options()[name]
         assert (option.low, option.high) == (-MAX_SCALE, MAX_SCALE)
@@ -44,7 +43,7 @@ def test_every_setting_is_an_option_of_the_command_line():
     [
         {"steps": 0},
         {"steps": 1001},
-        {"steps": None},
+        {"steps": "4"},
         {"guidance_scale": math.nan},
         {"guidance_scale": math.inf},
         {"guidance_scale": "2"},
