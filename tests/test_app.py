@@ -61,6 +61,21 @@ def test_evaluations_are_counted_as_the_model_sees_them(pipeline, scheduler):
         assert samples.step == samples.num_steps
 
 
+def test_a_model_that_was_tuned_to_few_steps_takes_its_own_and_no_guidance(pipeline):
+    tuned = PetDiffusionPipeline(
+        pipeline.transformer,
+        AdaptiveEDMScheduler(solver="consistency"),
+        id2label=pipeline.id2label,
+        guidance_scale=1.0,
+        num_inference_steps=2,
+    )
+    page = handlers.Handlers(tuned)
+    assert page.settings.steps == 2 and "2 evaluations" in page.guidance_html(page.settings)
+    assert tasks.sample(tuned, ["cat"], 1, 0, page.settings).evaluations == 2
+    labels = [item["props"].get("value") for item in build_app(tuned).config["components"]]
+    assert "Compare 1, 2, 4 and 8 steps of A" in labels
+
+
 def test_classes_without_a_name_go_by_their_id(pipeline):
     unnamed = PetDiffusionPipeline(pipeline.transformer, pipeline.scheduler, id2label={0: "cat"})
     settings = SampleSettings(3, negative_class="1")

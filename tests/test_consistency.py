@@ -1,5 +1,6 @@
 """Tuning to few steps: the boundary, the solver, the objective against exact solutions, and the training."""
 
+import json
 import shutil
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 from conftest import FLAT, random_model
 from diffusers import ClassifierFreeGuidance, EDMEulerScheduler
 from safetensors.torch import load_file
+from support.features import Pixels
 from support.oracles import EmpiricalDenoiser, GaussianDenoiser, generators
 from support.training_process import metrics, train
 
 from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
+from pet_pipeline.__main__ import main
+from pet_pipeline.evaluation.metrics import FEATURE_EXTRACTORS
 from pet_pipeline.training.consistency import ConsistencyTeacher
 from pet_pipeline.training.options import parse_args
 
@@ -187,7 +191,7 @@ def tuning(**options):
     return {**defaults, "checkpointing_steps": 1, **options}
 
 
-def test_tuning_a_saved_pipeline(finished_run, image_folder, tmp_path):
+def test_tuning_a_saved_pipeline(finished_run, image_folder, tmp_path, monkeypatch):
     before = load_file(finished_run / "transformer" / "diffusion_pytorch_model.safetensors")
     options = tuning(pretrained_model_name_or_path=finished_run)
     train(image_folder, tmp_path / "whole", checkpoints_total_limit=5, **options)
@@ -202,6 +206,12 @@ def test_tuning_a_saved_pipeline(finished_run, image_folder, tmp_path):
     teacher = ConsistencyTeacher(PetDiffusionPipeline.from_pretrained(finished_run))
     records = [record for record in metrics(tmp_path / "whole") if "validation/teacher_distance" in record]
     assert records[-1]["validation/teacher_distance"] == pytest.approx(teacher.distance(tuned), rel=1e-5)
+    monkeypatch.setitem(FEATURE_EXTRACTORS, "efficientnet", Pixels)
+    words = ["evaluate", str(tmp_path / "whole"), "--reference", str(image_folder), "--num_images", "8"]
+    assert main([*words, "--out", str(tmp_path / "measured")]) == 0
+    record = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
+    assert record["settings"]["num_inference_steps"] == 2 and record["evaluations_per_image"] == 2
+    assert "validation_loss" not in record["measures"]  # which is that of a denoiser
     card = (tmp_path / "whole" / "README.md").read_text()
     assert "| objective | consistency tuning" in card and "RMS distance" in card
 

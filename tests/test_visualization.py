@@ -29,6 +29,10 @@ def test_grid_places_every_image_without_blur():
         assert (plain == expected).all(-1).sum() == 12 * 12
 
 
+def test_transparent_images_are_on_white():
+    assert np.asarray(image_grid([[Image.new("RGBA", (4, 4), (255, 0, 0, 0))]])).min() == 255
+
+
 def test_labels_of_columns_stay_apart():
     grid = np.asarray(image_grid([[Image.new("RGB", (32, 32))] * 3], column_labels=["0.0075"] * 3, scale=1))
     header = (grid[:16] < 128).any((0, 2))  # where there is ink
