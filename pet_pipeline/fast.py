@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-FAST = Path(__file__).parent / "pretrained_fast"
+FAST = Path(__file__).parent / "pretrained" / "fast"
 UPDATES = "pytorch_lora_weights.safetensors"
 
 # The configuration of the pipeline, and components of the bundled model that do not belong to it.

@@ -71,7 +71,7 @@ def test_it_classifies_its_samples(bundled, samples):
 
 
 def test_the_fast_model_draws_what_it_drew_and_can_be_saved(tmp_path):
-    fast, drawn = PetDiffusionPipeline.from_pretrained("fast"), read_samples("pretrained_fast")
+    fast, drawn = PetDiffusionPipeline.from_pretrained("fast"), read_samples("pretrained/fast")
     fast.save_pretrained(tmp_path)
     assert fast.is_tuned and fast.guide is None and fast.probe is None and fast.config.calibration is None
     for pipeline in (fast, PetDiffusionPipeline.from_pretrained(tmp_path)):
