@@ -56,7 +56,9 @@ def test_the_strength_is_the_share_of_the_steps(pipeline):
     edited = pipeline(0, 10, image=image, strength=1.0, latents=latents, output_type="pt").images
     drawn = pipeline(0, 10, latents=latents, output_type="pt").images
     torch.testing.assert_close(edited, drawn, atol=0.02, rtol=0)
-    assert pipeline(0, 10, image=image, latents=latents, output_type="pt").images.std() > 0
+    for mask, expected in ((None, 5), (Image.new("L", (8, 8), 255), 10)):  # the default strengths
+        pipeline(0, 10, image=image, mask_image=mask)
+        assert pipeline.num_timesteps == expected
 
 
 @pytest.mark.parametrize("solver", [*SOLVERS, "consistency"])
