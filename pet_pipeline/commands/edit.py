@@ -7,16 +7,7 @@ from typing import Any
 from ..sampling import label_ids
 from .generate import file_stem
 from .loading import load_pipeline
-from .options import (
-    HelpFormatter,
-    add_device_option,
-    add_dtype_option,
-    add_model_option,
-    add_sampling_options,
-    positive_integer,
-    sample_settings,
-    seed,
-)
+from .options import HelpFormatter, add_drawing_options, sample_settings
 
 
 def add_parser(commands: Any) -> None:
@@ -29,14 +20,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("image", type=Path, metavar="IMAGE", help="image file to edit")
-    add_model_option(parser)
-    parser.add_argument(
-        "--class",
-        dest="classes",
-        action="append",
-        metavar="NAME",
-        help="class to turn the image into, may be repeated; the default is every class",
-    )
+    add_drawing_options(parser)
     parser.add_argument(
         "--strength",
         type=float,
@@ -49,11 +33,6 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="image file that is white where pixels are drawn anew, and black where they are kept",
     )
-    parser.add_argument("--num_samples", type=positive_integer, default=5, help="number of images per class")
-    add_sampling_options(parser)
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the first image of each class")
-    add_device_option(parser)
-    add_dtype_option(parser)
     parser.add_argument("--out", default="edited", metavar="FOLDER", help="folder of the images")
     parser.set_defaults(run=run)
 

@@ -20,16 +20,7 @@ from ..sampling import (
     seeds_by_class,
 )
 from .loading import load_pipeline
-from .options import (
-    HelpFormatter,
-    add_device_option,
-    add_dtype_option,
-    add_model_option,
-    add_sampling_options,
-    positive_integer,
-    sample_settings,
-    seed,
-)
+from .options import HelpFormatter, add_drawing_options, positive_integer, sample_settings
 
 
 if TYPE_CHECKING:
@@ -48,27 +39,10 @@ def add_parser(commands: Any) -> None:
         "of the first images of each class.",
         formatter_class=HelpFormatter,
     )
-    add_model_option(parser)
-    parser.add_argument(
-        "--class",
-        dest="classes",
-        action="append",
-        metavar="NAME",
-        help="class to draw, may be repeated; the default is every class",
-    )
-    parser.add_argument("--num_samples", type=positive_integer, default=5, help="number of images per class")
-    add_sampling_options(parser)
-    parser.add_argument(
-        "--seed",
-        type=seed,
-        default=0,
-        help="seed of the first image of each class; the seeds of the next images count up",
-    )
+    add_drawing_options(parser)
     parser.add_argument(
         "--batch_size", type=positive_integer, default=64, help="number of images that are drawn at once"
     )
-    add_device_option(parser)
-    add_dtype_option(parser)
     parser.add_argument(
         "--like",
         type=Path,

@@ -89,6 +89,28 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the commands that draw images: the model, what to draw, and how."""
+    add_model_option(parser)
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        metavar="NAME",
+        help="class to draw, may be repeated; the default is every class",
+    )
+    parser.add_argument("--num_samples", type=positive_integer, default=5, help="number of images per class")
+    add_sampling_options(parser)
+    parser.add_argument(
+        "--seed",
+        type=seed,
+        default=0,
+        help="seed of the first image of each class; the seeds of the next images count up",
+    )
+    add_device_option(parser)
+    add_dtype_option(parser)
+
+
 def sample_settings(args: argparse.Namespace) -> SampleSettings:
     """Returns the values of the options of [`add_sampling_options`].
 
