@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from .commands import app, calibrate, classify, edit, evaluate, generate, push
+from .commands import app, calibrate, classify, edit, evaluate, generate, interpolate, push
 
 
 # The extra of the package that installs a module which may be missing.
@@ -14,7 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line; `run` of its result carries the command out."""
     parser = argparse.ArgumentParser(prog="pet-pipeline", description="Draw and classify cats and dogs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, edit, classify, calibrate, evaluate, app, push):
+    for command in (generate, edit, interpolate, classify, calibrate, evaluate, app, push):
         command.add_parser(commands)
     return parser
 

@@ -257,24 +257,28 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
                 f"`PetTransformer2DModel`, but the model is of the class {type(self.transformer).__name__}."
             )
         device = self._execution_device
-        rows = []
-        for images in pixels.split(max(1, batch_size // 2)):
-            both = torch.cat([images, images.flip(-1)]).to(device)
-            null = torch.full((len(both),), self.null_class_id, device=device)
-            columns = []
-            for sigma in torch.tensor(sigmas, device=device):
-                model_input = self.scheduler.precondition_inputs(both, sigma)
-                timesteps = self.scheduler.precondition_noise(sigma.expand(len(both)))
-                tokens = self.transformer(
-                    model_input.to(self.transformer.dtype),
-                    timesteps,
-                    null,
-                    feature_layer=layer,
-                    return_dict=False,
-                )[0]
-                columns.append(pool_tokens(tokens))
-            rows.append(torch.cat(columns, dim=1).cpu())
+        batches = pixels.split(max(1, batch_size // 2))
+        rows = [self._features_of_batch(images.to(device), layer, sigmas).cpu() for images in batches]
         return torch.cat(rows)
+
+    def _features_of_batch(self, images: torch.Tensor, layer: int, sigmas: Sequence[float]) -> torch.Tensor:
+        """Pools the output of a block for images on the device of the model, in two evaluations of each."""
+        both = torch.cat([images, images.flip(-1)])
+        batch = both.shape[0]  # `len` would become a constant in an exported model
+        null = torch.full((batch,), self.null_class_id, device=images.device)
+        columns = []
+        for sigma in sigmas:
+            model_input = self.scheduler.precondition_inputs(both, sigma)
+            timesteps = self.scheduler.precondition_noise(sigma).to(images.device).expand(batch)
+            tokens = self.transformer(
+                model_input.to(self.transformer.dtype),
+                timesteps,
+                null,
+                feature_layer=layer,
+                return_dict=False,
+            )[0]
+            columns.append(pool_tokens(tokens))
+        return torch.cat(columns, dim=1)
 
     def denoising_scores(
         self,

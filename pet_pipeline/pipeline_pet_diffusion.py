@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
@@ -138,13 +139,22 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the class ids to draw and the class ids to steer away from, each of shape `(batch,)`.
 
+        For mixtures of classes, both are weights of shape `(batch, num_classes + 1)`.
+
         Raises:
             ValueError: if a class does not exist, there is none, or the numbers of labels do not fit.
         """
-        num_images_per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt)
+        repeats = check_integer("num_images_per_prompt", num_images_per_prompt)
+        num_classes = self.null_class_id
         if class_labels is None:
-            class_labels = list(range(self.null_class_id))
-        ids = self.get_label_ids(class_labels)
+            class_labels = list(range(num_classes))
+        is_mixed = isinstance(class_labels, torch.Tensor) and class_labels.is_floating_point()
+        if is_mixed and (class_labels.shape[1:] != (num_classes,) or not class_labels.isfinite().all()):
+            raise ValueError(
+                f"Weights of classes in `class_labels` must be finite and of shape (batch, {num_classes}), "
+                f"but are {class_labels.tolist()!r:.100}."
+            )
+        ids = range(len(class_labels)) if is_mixed else self.get_label_ids(class_labels)
         if not ids:
             raise ValueError("`class_labels` is empty.")
         if negative_class_labels is None:
@@ -158,8 +168,10 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             )
         null_ids = null_ids * len(ids) if len(null_ids) == 1 else null_ids
         labels, null_labels = (torch.tensor(each, device=device) for each in (ids, null_ids))
-        repeats = num_images_per_prompt
-        return labels.repeat_interleave(repeats), null_labels.repeat_interleave(repeats)
+        if is_mixed:
+            labels = F.pad(class_labels.to(device, torch.float32), (0, 1))  # the null class has no weight
+            null_labels = F.one_hot(null_labels, num_classes + 1).to(labels)
+        return labels.repeat_interleave(repeats, 0), null_labels.repeat_interleave(repeats, 0)
 
     def prepare_latents(
         self,
@@ -259,7 +271,8 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
 
         Args:
             class_labels (`str`, `int`, or a list or tensor of them, *optional*): a class name or id for each
-                image. `None` means one image of every class.
+                image. `None` means one image of every class. A floating tensor of shape
+                `(batch, num_classes)` mixes classes: its rows are weights of their embeddings.
             num_inference_steps (`int`, *optional*): number of denoising steps. `None` means the number in the
                 pipeline's config.
             sigmas (`list[float]` or `torch.Tensor`, *optional*): noise levels that replace the scheduler's,

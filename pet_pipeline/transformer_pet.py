@@ -71,9 +71,7 @@ class PetAttention(nn.Module):
     def __init__(self, dim: int, num_attention_heads: int, dropout: float = 0.0, flat: bool = False) -> None:
         super().__init__()
         self.num_attention_heads = num_attention_heads
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(dim, dim, bias=False)
-        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.conv_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=flat), nn.Dropout(dropout)])
 
@@ -517,7 +515,8 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             timestep (`torch.Tensor` of shape `(batch,)` or scalar): $c_{noise} = \ln(\sigma) / 4$, best in
                 float32.
             class_labels (`torch.Tensor` of shape `(batch,)` or scalar, *optional*): integers in
-                [0, num_classes]; `num_classes`, or `None`, is the null class.
+                [0, num_classes]; `num_classes`, or `None`, is the null class. A floating tensor of shape
+                `(batch, num_classes + 1)` gives weights of the embeddings of all these classes.
             return_dict (`bool`, defaults to `True`): return a `Transformer2DModelOutput` instead of a tuple.
             perturbed_layers (`list[int]`, *optional*): indices of blocks whose attention map is replaced by
                 the identity, for perturbed-attention guidance (Ahn et al. 2024, section 4).
@@ -528,8 +527,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             `Transformer2DModelOutput` or `tuple`: `sample` of shape `(batch, in_channels, height, width)`.
 
         Raises:
-            ValueError: if the image has another number of channels or is not a whole number of patches, or a
-                layer does not exist.
+            ValueError: if the image has other channels or no whole number of patches, or no layer is such.
         """
         batch, channels, image_height, image_width = hidden_states.shape
         patch_size = self.config.patch_size
@@ -560,8 +558,12 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
         conditioning = self.time_embedding(frequencies.to(hidden_states.dtype))
         class_labels = self.config.num_classes if class_labels is None else class_labels
-        class_labels = torch.as_tensor(class_labels, device=hidden_states.device).reshape(-1).expand(batch)
-        conditioning = F.silu(conditioning + self.class_embedding(class_labels).to(conditioning))  # (N, D)
+        class_labels = torch.as_tensor(class_labels, device=hidden_states.device)
+        if class_labels.is_floating_point():
+            embedded = class_labels.to(conditioning) @ self.class_embedding.weight.to(conditioning)
+        else:
+            embedded = self.class_embedding(class_labels.reshape(-1).expand(batch)).to(conditioning)
+        conditioning = F.silu(conditioning + embedded)  # (N, D)
 
         hidden_states = self.add_positions(self.patch_embed(hidden_states), height, width, patch_size)
         modulation, grid = conditioning, (height, width)
@@ -579,8 +581,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 return Transformer2DModelOutput(sample=hidden_states) if return_dict else (hidden_states,)
         if self.config.outer_layers:
             hidden_states = F.pixel_shuffle(tokens_to_grid(self.split(hidden_states), *grid), 2)
-            hidden_states = grid_to_tokens(hidden_states)
-            hidden_states = hidden_states + skip_states.to(hidden_states.device)
+            hidden_states = grid_to_tokens(hidden_states) + skip_states.to(hidden_states.device)
             for block in self.decoder_blocks:
                 hidden_states = self.run_block(block, hidden_states, modulation, height, width)
 
@@ -596,5 +597,4 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             refinement = transform_patches(sample.to(image.device), dct, patch_size)
             output = restore_patches(coefficients * scale_skip + refinement * scale_out, dct, patch_size)
             sample = output.to(sample.dtype)
-
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

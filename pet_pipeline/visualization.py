@@ -178,6 +178,74 @@ def step_comparison(
     return image_grid(rows, labels, columns)
 
 
+def interpolation(
+    pipeline: PetDiffusionPipeline,
+    points: list[tuple[int, int]],
+    num_frames: int = 16,
+    batch_size: int = 64,
+    **kwargs: Any,
+) -> list[Image.Image]:
+    """Draws a way from image to image, and back to the first.
+
+    Between two points, the starting noise turns from one to the other (spherical interpolation, Shoemake
+    1985), which keeps its variance, and the embedding of the class changes linearly. Solvers that add fresh
+    noise add the same to all frames.
+
+    Args:
+        pipeline ([`PetDiffusionPipeline`]): the pipeline; its model must take weights as `class_labels`, as
+            [`PetTransformer2DModel`] does.
+        points (`list[tuple[int, int]]`): class id and seed of each image.
+        num_frames (`int`, defaults to 16): frames from one image to the next.
+        batch_size (`int`, defaults to 64): number of frames that are drawn at once.
+        kwargs: further arguments of the pipeline, see [`SampleSettings.call_arguments`].
+
+    Returns:
+        `list[Image.Image]`: `len(points) * num_frames` frames; the first of each `num_frames` is the image of
+        a point.
+    """
+    config = pipeline.transformer.config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    labels, noises = [], []
+    for (label, seed), (next_label, next_seed) in zip(points, points[1:] + points[:1]):
+        start, end = (
+            torch.randn(shape, generator=torch.Generator().manual_seed(number))
+            for number in (seed, next_seed)
+        )
+        angle = torch.cosine_similarity(start.flatten(), end.flatten(), dim=0).clamp(-1, 1).acos()
+        for frame in range(num_frames):
+            share = frame / num_frames
+            weights = torch.zeros(config.num_classes)
+            weights[label] += 1 - share
+            weights[next_label] += share
+            labels.append(weights)
+            if seed == next_seed:
+                noises.append(start)
+            else:
+                turned = ((1 - share) * angle).sin() * start + (share * angle).sin() * end
+                noises.append(turned / angle.sin())
+    frames: list[Image.Image] = []
+    for first in range(0, len(labels), batch_size):
+        batch = slice(first, first + batch_size)
+        frames += pipeline(
+            torch.stack(labels[batch]),
+            latents=torch.stack(noises[batch]),
+            generator=[torch.Generator().manual_seed(points[0][1]) for _ in labels[batch]],
+            **kwargs,
+        ).images
+    return frames
+
+
+def save_animation(frames: list[Image.Image], path: str | Path, duration: int = 80, scale: int = 6) -> None:
+    """Saves frames as an endless animation, enlarged without blur.
+
+    `path` ends in `.webp`, `.png` or `.gif`, which reduces each frame to 256 colours. A frame is shown for
+    `duration` milliseconds.
+    """
+    large = [image_grid([[frame]], scale=scale) for frame in frames]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    large[0].save(path, save_all=True, append_images=large[1:], duration=duration, loop=0, lossless=True)
+
+
 def loss_curves(metrics_path: str | Path) -> Image.Image:
     """Draws the losses of a training from its `metrics.jsonl`, by images seen and by noise level."""
     records = [json.loads(line) for line in Path(metrics_path).read_text().splitlines()]
