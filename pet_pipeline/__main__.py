@@ -3,18 +3,23 @@
 import argparse
 import sys
 
-from .commands import app, calibrate, classify, edit, evaluate, generate, interpolate, push
+from .commands import app, calibrate, classify, edit, evaluate, export, generate, interpolate, push
 
 
 # The extra of the package that installs a module which may be missing.
-EXTRAS = {"datasets": "train", "torchmetrics": "eval", "gradio": "app"}
+EXTRAS = {
+    "datasets": "train",
+    "torchmetrics": "eval",
+    "gradio": "app",
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line; `run` of its result carries the command out."""
     parser = argparse.ArgumentParser(prog="pet-pipeline", description="Draw and classify cats and dogs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, edit, interpolate, classify, calibrate, evaluate, app, push):
+    for command in (generate, edit, interpolate, classify, calibrate, evaluate, app, export, push):
         command.add_parser(commands)
     return parser
 
