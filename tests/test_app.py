@@ -16,7 +16,14 @@ from support.page import decoded, image_bytes, join_queue, pixels
 import pet_pipeline
 from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
 from pet_pipeline.__main__ import main
-from pet_pipeline.sampling import GUIDANCE_SCHEDULES, SCHEDULERS, SampleSettings, image_settings
+from pet_pipeline.sampling import (
+    GUIDANCE_SCHEDULES,
+    SCHEDULERS,
+    SampleSettings,
+    generate,
+    image_settings,
+    scheduler_by_name,
+)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
@@ -25,6 +32,10 @@ gradio = pytest.importorskip("gradio", reason="Gradio is not installed")
 from pet_pipeline.app import handlers, html, tasks  # noqa: E402
 from pet_pipeline.app.page import build_app  # noqa: E402
 from pet_pipeline.app.server import serve  # noqa: E402
+
+
+def download_links(text: str) -> list[tuple[str, str]]:
+    return re.findall(r'href="([^"]*)" download="([^"]*)"', text)
 
 
 # Sampling
@@ -36,9 +47,7 @@ def test_a_downloaded_image_can_be_made_again(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
     settings = SampleSettings(4, 2.5, "constant", 0.5, negative_class="dog")
     samples = tasks.sample(pipeline, ["cat"], 3, 5, settings)
-    links = re.findall(
-        r'href="([^"]*)" download="([^"]*)"', html.samples_html(samples, html.model_settings(pipeline))
-    )
+    links = download_links(html.samples_html(samples, model=html.model_settings(pipeline)))
     assert [name for _, name in links] == ["cat-5.png", "cat-6.png", "cat-7.png"]
     (tmp_path / "cat-6.png").write_bytes(decoded(links[1][0]))
     words = ["generate", "--model", str(tmp_path / "model"), "--like", str(tmp_path / "cat-6.png")]
@@ -70,10 +79,29 @@ def test_a_model_that_was_tuned_to_few_steps_takes_its_own_and_no_guidance(pipel
         num_inference_steps=2,
     )
     page = handlers.Handlers(tuned)
-    assert page.settings.steps == 2 and "2 evaluations" in page.guidance_html(page.settings)
+    about = page.guidance_html(page.settings)
+    assert page.settings.steps == 2 and "2 evaluations" in about and "takes no other" in about
     assert tasks.sample(tuned, ["cat"], 1, 0, page.settings).evaluations == 2
-    labels = [item["props"].get("value") for item in build_app(tuned).config["components"]]
-    assert "Compare 1, 2, 4 and 8 steps of A" in labels
+    components = build_app(tuned).config["components"]
+    values = [item["props"].get("value") for item in components]
+    assert "Compare 1, 2, 4 and 8 steps" in values and "Classify" not in values
+    assert [value for value in values if "predictions no longer tell classes apart" in str(value)]
+    shown = [
+        item["props"]["label"] for item in components if item["type"] == "slider" and item["props"]["visible"]
+    ]
+    assert set(shown) == {"Images of each class", "Steps", "Strength", "Variants"}
+    *_, (_, grid, pictures, _) = page.edit(
+        Image.new("RGB", (8, 8)), "dog", 0.5, 3, 0, False, *values_of(page)
+    )
+    assert len(pictures) == 3 and 'data-event="edit"' in grid and 'data-event="classify"' not in grid
+
+
+def values_of(page: handlers.Handlers) -> list:
+    """The values of the inputs at the start."""
+    return [
+        option.none_label if getattr(page.settings, name) is None else getattr(page.settings, name)
+        for name, option in SampleSettings.options().items()
+    ]
 
 
 def test_classes_without_a_name_go_by_their_id(pipeline):
@@ -93,7 +121,82 @@ def test_each_step_is_reported_and_the_last_one_is_the_image(pipeline):
     for name, row in samples.rows.items():
         for image, denoised in zip(row, reports[-1].rows[name]):
             assert (pixels(image) - pixels(denoised)).abs().max() <= 1
-    assert samples.strip.width > 5 * 8 and samples.strip.height > 4 * 8
+    for picture, strip in zip(samples.pictures, samples.strips, strict=True):
+        assert strip.size == (5 * 8, 2 * 8)
+        assert (pixels(strip)[-8:, -8:] - pixels(picture.image)).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("steps", "width"), [(1, 1), (12, 12), (40, 12)])
+def test_a_strip_has_a_bounded_number_of_steps_with_the_first_and_the_last(pipeline, steps, width):
+    reports = []
+    samples = tasks.sample(pipeline, ["dog"], 1, 3, SampleSettings(steps), reports.append)
+    strip = pixels(samples.strips[0])
+    assert samples.strips[0].size == (width * 8, 16)
+    for column, report in ((0, reports[0]), (-1, reports[-1])):
+        denoised = strip[8:].unflatten(1, (width, 8))[:, column]
+        assert (denoised - pixels(report.rows["dog"][0])).abs().max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", [None, "heun"])
+def test_an_edit_is_that_of_the_pipeline(pipeline, scheduler):
+    image = Image.effect_noise((8, 8), 80).convert("RGB")
+    settings = SampleSettings(10, 2.0, scheduler=scheduler)
+    seen = []
+    pipeline.transformer.register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
+    reports = []
+    samples = tasks.sample(pipeline, ["dog"], 2, 7, settings, reports.append, image=image, strength=0.3)
+    assert samples.evaluations * 2 == sum(seen) and samples.original is image
+    assert len(reports) == reports[0].num_steps == samples.num_steps
+    pipeline.scheduler = scheduler_by_name(scheduler, pipeline.scheduler)
+    expected = generate(
+        pipeline, [(1, 7), (1, 8)], image=image, strength=0.3, **settings.call_arguments(pipeline)
+    )
+    for picture, (_, seed, edited) in zip(samples.pictures, expected, strict=True):
+        assert picture.seed == seed
+        assert (pixels(picture.image) - pixels(edited)).abs().max() <= 1
+    # The PNG of an edit keeps no settings: without its original, it could not be made again.
+    text = html.samples_html(samples, model=html.model_settings(pipeline))
+    links = download_links(text)
+    assert [name for _, name in links] == ["dog-7-edited.png", "dog-8-edited.png"]
+    assert b"weights" not in decoded(links[0][0])
+    assert text.index("The original") < text.index("dog, seed 7")
+
+
+def test_the_strip_of_an_edit_begins_with_the_image_under_noise(pipeline):
+    image = Image.new("RGB", (8, 8), "red")
+    samples = tasks.sample(pipeline, ["dog"], 8, 0, SampleSettings(20), image=image, strength=0.05)
+    noisy = torch.stack([pixels(strip)[:8, :8] for strip in samples.strips]).float()
+    red, green, blue = noisy.mean((0, 1, 2)).tolist()
+    assert red > 200 and max(green, blue) < 60
+
+
+@pytest.mark.parametrize(
+    ("image", "name", "strength", "message"),
+    [
+        (None, "dog", 0.5, "Choose an image first"),
+        (Image.new("RGB", (8, 8)), None, 0.5, "no class None"),
+        (Image.new("RGB", (8, 8)), ["dog"], 0.5, "no class"),
+        (Image.new("RGB", (8, 8)), "dog", 0, "strength must be from 0.05 to 1"),
+        (Image.new("RGB", (8, 8)), "dog", None, "strength must be from 0.05 to 1"),
+        (Image.new("RGB", (8, 8)), "dog", 1.5, "strength must be from 0.05 to 1"),
+    ],
+)
+def test_an_edit_that_is_out_of_bounds_is_explained(pipeline, image, name, strength, message):
+    page = handlers.Handlers(pipeline)
+    edit = handlers.explained(page.edit, 4)
+    ((status, *rest),) = edit(image, name, strength, 1, 0, False, *values_of(page))
+    assert re.search(message, status) and "pet-error" in status
+    assert all(item == gradio.skip() for item in rest)
+
+
+def test_an_error_of_the_server_is_told_without_its_secrets_and_logged(caplog):
+    def handler():
+        raise RuntimeError("/secret/path")
+        yield
+
+    ((status, _),) = handlers.explained(handler, 2)()
+    assert "its log says why" in status and "secret" not in status
+    assert "/secret/path" in caplog.text
 
 
 def test_requests_share_the_weights_and_nothing_else(pipeline):
@@ -288,14 +391,26 @@ def test_a_bad_upload_is_one_message_and_removed(tmp_path, content, message):
 
 def test_a_chosen_image_stays_as_long_as_its_page(pipeline):
     blocks = build_app(pipeline).blocks.values()
-    assert [block.time_to_live for block in blocks if isinstance(block, gradio.State)] == [math.inf]
+    times = [block.time_to_live for block in blocks if isinstance(block, gradio.State)]
+    assert times == [math.inf] * 5  # the pictures of three tabs, and the chosen images of two
 
 
 def test_names_are_no_markup(model):
     name = '<b>"cat" ![](https://example.com)'
     pipeline = PetDiffusionPipeline(model, AdaptiveEDMScheduler(), id2label={0: name, 1: "dog"})
     samples = tasks.sample(pipeline, [name], 1, 0, SampleSettings(1))
-    for text in (html.samples_html(samples, {}), html.examples_html([(samples.rows[name][0], name)])):
+    edited = tasks.sample(
+        pipeline, [name], 1, 0, SampleSettings(1), image=samples.rows[name][0], strength=0.5
+    )
+    actions = ("edit", "classify")
+    for text in (
+        html.samples_html(samples, actions, {}),
+        html.samples_html(edited, actions, {}),
+        html.examples_html([(samples.rows[name][0], name)]),
+        html.chosen_html(samples.rows[name][0], name),
+        *handlers.chosen_outputs(samples.rows[name][0], name)[:2],
+        html.error_html(name),
+    ):
         assert "<b>" not in text and "&lt;b&gt;&quot;cat&quot;" in text
     contents = [
         (component["type"], component["props"].get("value") or "")
@@ -310,9 +425,9 @@ def test_names_are_no_markup(model):
 def test_a_copy_of_a_training_image_is_told(pipeline):
     samples = tasks.sample(pipeline, ["cat"], 2, 0, SampleSettings(4))
     known = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
-    assert "0 of the 2 samples count as copies" in html.neighbors_html(samples, known)
+    assert "0 of the 2 samples count as copies" in html.neighbors_html(samples.pictures, known)
     known[7] = pixels(samples.rows["cat"][1]).permute(2, 0, 1).flip(-1).byte()  # mirrored
-    text = html.neighbors_html(samples, known)
+    text = html.neighbors_html(samples.pictures, known)
     assert "1 of the 2 samples count as copies" in text and "1: 0.00" in text
     assert decoded(re.findall(r'src="([^"]*)" alt="training image 1 closest to cat, seed 1"', text)[0])
 

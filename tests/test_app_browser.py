@@ -99,8 +99,8 @@ def open_page(server, browser):
     """Opens the page in a browser of its own; no request may leave this machine, no script may fail."""
     contexts, requests, errors = [], [], []
 
-    def open_page(width: int = 1280):
-        contexts.append(browser.new_context(viewport={"width": width, "height": 900}))
+    def open_page(width: int = 1280, height: int = 800):
+        contexts.append(browser.new_context(viewport={"width": width, "height": height}))
         page = contexts[-1].new_page()
         page.set_default_timeout(20_000)
         page.on("request", lambda request: requests.append(request.url))
@@ -123,6 +123,10 @@ def set_number(page, label: str, value: int) -> None:
     field.press("Tab")
 
 
+def open_advanced(page) -> None:
+    page.get_by_role("button", name="Advanced").locator("visible=true").click()
+
+
 def fix_seed(page, seed: int) -> None:
     page.get_by_label("Draw a new seed each time").locator("visible=true").uncheck()
     set_number(page, "Seed", seed)
@@ -133,6 +137,7 @@ def test_generate_in_the_page(server, open_page, tmp_path):
     server.delay = 0.05
     page.get_by_label("dog", exact=True).uncheck()
     set_number(page, "number input for Images of each class", 2)
+    open_advanced(page)
     set_number(page, "number input for Steps", 6)
     fix_seed(page, 5)
     page.get_by_role("button", name="Generate").click()
@@ -150,16 +155,15 @@ def test_generate_in_the_page(server, open_page, tmp_path):
     with Image.open(tmp_path / "cat-6.png") as image:
         assert image.tobytes() == expected.rows["cat"][1].tobytes()
     assert image_settings(tmp_path / "cat-6.png")["seed"] == 6
-    shown = link.get_by_role("img")
+    shown = page.get_by_role("img", name="cat, seed 6", exact=True).first
     assert shown.evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"
-    assert shown.evaluate("image => image.width / image.naturalWidth") >= 3
-    strip = page.get_by_role("img", name=re.compile("at every step"))
-    assert strip.evaluate("image => image.naturalWidth") > 6 * 8
+    assert shown.evaluate("image => image.width") >= 160
     page.get_by_role("img", name="training image 1 closest to cat, seed 5").wait_for()
 
 
 def test_the_plot_of_the_guidance_follows_the_settings(open_page):
     page = open_page()
+    open_advanced(page)
     plot = page.get_by_role("img", name=re.compile("Strength of the guidance"))
     before = plot.get_attribute("src")
     page.get_by_text("25 evaluations of the model for each image").wait_for()
@@ -181,6 +185,7 @@ def test_a_request_that_cannot_be_met_is_explained(open_page):
 def test_cancel_stops_the_work(server, open_page):
     page = open_page()
     server.delay = 0.1
+    open_advanced(page)
     set_number(page, "number input for Steps", 100)
     page.get_by_role("button", name="Generate").click()
     page.get_by_text(re.compile("Step [2-9] of 100")).wait_for()
@@ -197,13 +202,14 @@ def test_cancel_stops_the_work(server, open_page):
     server.delay = 0.1
     page.get_by_role("button", name="Generate").click()
     page.get_by_text(re.compile("Step [2-9] of 100")).wait_for()
-    assert not page.get_by_role("img", name=re.compile("at every step|closest")).count()
+    assert not page.get_by_role("img", name=re.compile("came to be|closest")).count()
     page.get_by_role("button", name="Cancel").click()
 
 
 def test_a_page_that_is_closed_stops_its_work(server, open_page):
     page = open_page()
     server.delay = 0.1
+    open_advanced(page)
     set_number(page, "number input for Steps", 100)
     page.get_by_role("button", name="Generate").click()
     page.get_by_text(re.compile("Step [2-9] of 100")).wait_for()
@@ -215,6 +221,7 @@ def test_a_page_that_is_closed_stops_its_work(server, open_page):
 def test_compare_in_the_page(server, open_page):
     page = open_page()
     page.get_by_role("tab", name="Compare").click()
+    open_advanced(page)
     fix_seed(page, 3)
     set_number(page, "number input for Images of each class", 1)
     page.get_by_role("button", name="Compare A and B").click()
@@ -227,14 +234,18 @@ def test_compare_in_the_page(server, open_page):
             assert (pixels(image) - pixels(expected.rows["cat"][0])).abs().max() <= 1
     page.get_by_role("button", name="Compare 5, 10, 20 and 40 steps").click()
     page.get_by_role("heading", name="40 steps").wait_for()
-    page.get_by_text(re.compile("steps 40, guidance scale 1.* 40 evaluations")).wait_for()
+    page.get_by_text(re.compile(r"steps 40, guidance scale 2\.5.* \d+ evaluations")).wait_for()
     assert page.get_by_role("link", name="Download dog-3.png").count() == 4
+
+
+def upload_field(page):
+    return page.get_by_role("tabpanel").locator("visible=true").locator("input[type=file]")
 
 
 def test_classify_in_the_page(server, open_page, image_folder):
     page = open_page()
     page.get_by_role("tab", name="Classify").click()
-    page.locator("input[type=file]").set_input_files(image_folder / "cat" / "03.png")
+    upload_field(page).set_input_files(image_folder / "cat" / "03.png")
     status = page.get_by_role("status").locator("visible=true").first
     page.get_by_text(re.compile("evaluations of the model in")).wait_for()
     classifier = PetClassificationPipeline(
@@ -270,6 +281,7 @@ def test_the_image_that_was_chosen_last_is_classified(server, open_page):
 def test_a_classification_is_cancelled_and_ends_with_its_page(server, open_page):
     page = open_page()
     page.get_by_role("tab", name="Classify").click()
+    open_advanced(page)
     set_number(page, "number input for Evaluations for each class", 256)
     server.delay = 0.3  # the whole classification of 32 batches takes 10 seconds
     page.get_by_role("button", name="Example 1,").click()
@@ -279,7 +291,7 @@ def test_a_classification_is_cancelled_and_ends_with_its_page(server, open_page)
     server.wait_until_idle()
     assert server.evaluations < 20
     before = server.evaluations
-    page.get_by_role("button", name="Classify again").click()
+    page.get_by_role("button", name="Classify", exact=True).click()
     while server.evaluations < before + 2:  # the page still shows the progress of the first classification
         page.wait_for_timeout(50)
     page.close()
@@ -287,29 +299,128 @@ def test_a_classification_is_cancelled_and_ends_with_its_page(server, open_page)
     assert server.evaluations < 40
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"no image", "is not an image in JPEG, PNG"),
-        (bytes(6 * 2**20), "exceed the maximum allowed size of 5"),
-    ],
-)
-def test_a_bad_upload_is_explained_in_the_page(server, open_page, content, message, tmp_path, capfd):
-    (tmp_path / "bad.png").write_bytes(content)
+@pytest.mark.parametrize("tab", ["Edit", "Classify"])
+def test_a_bad_upload_is_explained_in_its_tab(server, open_page, tab, tmp_path, capfd):
+    (tmp_path / "bad.png").write_bytes(b"no image")
     page = open_page()
-    page.get_by_role("tab", name="Classify").click()
-    page.locator("input[type=file]").set_input_files(tmp_path / "bad.png")
-    alert = page.get_by_test_id("toast-body")
-    alert.wait_for()
-    assert re.search(message, alert.inner_text())
+    page.get_by_role("tab", name=tab).click()
+    upload_field(page).set_input_files(tmp_path / "bad.png")
+    status = page.get_by_role("status").locator("visible=true").first
+    status.get_by_text("'bad.png' is not an image in JPEG, PNG").wait_for()
+    page.get_by_text("Drop File Here").locator("visible=true").wait_for()  # the field is empty again
+    assert not page.get_by_test_id("toast-body").count()
     assert "Traceback" not in capfd.readouterr().err
     assert not server.uploads()
+
+
+def test_a_large_upload_is_explained_in_the_page(server, open_page, tmp_path, capfd):
+    (tmp_path / "bad.png").write_bytes(bytes(6 * 2**20))
+    page = open_page()
+    page.get_by_role("tab", name="Classify").click()
+    upload_field(page).set_input_files(tmp_path / "bad.png")
+    alert = page.get_by_test_id("toast-body")
+    alert.wait_for()
+    assert re.search("exceed the maximum allowed size of 5", alert.inner_text())
+    assert "Traceback" not in capfd.readouterr().err
+    assert not server.uploads()
+
+
+def test_a_request_that_the_queue_refuses_is_explained_in_its_tab(open_page, monkeypatch):
+    page = open_page()
+    monkeypatch.setattr("pet_pipeline.app.gate.MAX_VISITOR_JOBS", 0)
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("status").get_by_text("The server did not take this request.").wait_for()
+    assert not page.get_by_test_id("status-tracker").get_by_text("Error").locator("visible=true").count()
+    monkeypatch.undo()
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("link", name="Download").first.wait_for()
+
+
+def test_edit_in_the_page(server, open_page, image_folder):
+    page = open_page()
+    page.get_by_role("tab", name="Edit").click()
+    edit = page.get_by_role("button", name="Edit", exact=True)
+    edit.click()
+    page.get_by_role("status").get_by_text("Choose an image first.").wait_for()
+    upload_field(page).set_input_files(image_folder / "cat" / "03.png")
+    page.get_by_role("status").get_by_text("The image is 03.png.").wait_for()
+    assert page.get_by_role("img", name="The chosen image").evaluate("image => image.width") >= 160
+    assert not server.uploads()
+    page.get_by_label("dog", exact=True).locator("visible=true").check()
+    set_number(page, "number input for Strength", 0.3)
+    set_number(page, "number input for Variants", 2)
+    open_advanced(page)
+    fix_seed(page, 5)
+    edit.click()
+    links = page.get_by_role("link", name="Download dog-")
+    links.first.wait_for()
+    image = server.pipeline.prepare_images(image_folder / "cat" / "03.png")
+    expected = server.pipeline(
+        ["dog"],
+        image=image / 2 + 0.5,
+        strength=0.3,
+        num_images_per_prompt=2,
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+    ).images
+    for link, picture in zip(links.all(), expected, strict=True):
+        with Image.open(io.BytesIO(decoded(link.get_attribute("href")))) as edited:
+            assert (pixels(edited) - pixels(picture)).abs().max() <= 1
+    original = page.get_by_role("img", name="The original").bounding_box()
+    beside = page.get_by_role("img", name="dog, seed 5", exact=True).first.bounding_box()
+    assert original["y"] == beside["y"] and original["x"] < beside["x"]
+
+
+def test_a_picture_is_passed_on_to_be_edited_and_classified(server, open_page):
+    page = open_page()
+    page.get_by_role("button", name="Generate").click()
+    button = page.get_by_role("button", name=re.compile("^Edit dog")).nth(1)
+    button.wait_for()
+    picture = page.get_by_role("img", name=re.compile("^dog")).nth(1)
+    source, name = picture.get_attribute("src"), picture.get_attribute("alt")
+    button.press("Enter")
+    page.get_by_text(f"The image is {name}.").wait_for()
+    assert page.get_by_role("img", name="The chosen image").get_attribute("src") == source
+    assert page.get_by_label("cat", exact=True).locator("visible=true").is_checked()  # not a dog again
+    focused = page.locator(":focus")
+    assert focused.get_attribute("role") == "tab" and focused.inner_text() == "Edit"
+    page.get_by_role("button", name="Edit", exact=True).click()
+    page.get_by_role("link", name="edited.png").first.wait_for()
+    assert page.get_by_role("img", name="The original").get_attribute("src") == source
+    edited = page.get_by_role("img", name=re.compile("^cat, seed")).locator("visible=true").first
+    source = edited.get_attribute("src")
+    page.get_by_role("button", name=re.compile("^Classify cat")).first.click()
+    page.get_by_text(re.compile("evaluations of the model in")).wait_for()
+    assert page.get_by_role("tab", name="Classify").get_attribute("aria-selected") == "true"
+    assert page.get_by_role("img", name="The image as the model sees it").get_attribute("src") == source
+
+
+def test_the_chosen_picture_shows_how_it_came_to_be(open_page):
+    page = open_page()
+    page.get_by_role("button", name="Generate").click()
+    strips = page.get_by_role("img", name=re.compile("came to be"))
+    strips.first.wait_for()
+    assert strips.count() == 1 and strips.get_attribute("alt").startswith("How cat, seed")
+    page.get_by_role("radio", name=re.compile("^cat")).first.focus()
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    assert page.locator(":focus").get_attribute("value") == "4"
+    assert strips.count() == 1 and strips.get_attribute("alt").startswith("How dog, seed")
+    # The actions of the chosen picture come next.
+    page.keyboard.press("Tab")
+    assert page.locator(":focus").get_attribute("aria-label").startswith("Edit dog")
+    # New pictures begin with the first one again.
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("Drawing …").wait_for()
+    page.get_by_role("radio", name=re.compile("^cat")).first.wait_for()
+    assert page.locator("input[name=pet-chosen]:checked").get_attribute("value") == "0"
+    assert strips.count() == 1 and strips.get_attribute("alt").startswith("How cat, seed")
 
 
 def test_two_clients_at_once(server, open_page):
     pages = [open_page(), open_page()]
     server.delay = 0.02
     for seed, page in enumerate(pages):
+        open_advanced(page)
         fix_seed(page, 10 * seed)
         page.get_by_role("button", name="Generate").click()
     for seed, page in enumerate(pages):
@@ -319,6 +430,7 @@ def test_two_clients_at_once(server, open_page):
             assert (pixels(image) - pixels(expected.rows["dog"][0])).abs().max() <= 1
 
 
+TABS = ("Generate", "Edit", "Compare", "Classify")
 UNNAMED = """() => [...document.querySelectorAll("input, textarea, select, button, img, [role=slider]")]
     .filter(e => e.checkVisibility() && !e.closest("[aria-hidden=true]"))
     .filter(e => !(e.labels && e.labels.length && e.labels[0].innerText.trim()) && !e.ariaLabel && !e.title
@@ -329,34 +441,74 @@ UNNAMED = """() => [...document.querySelectorAll("input, textarea, select, butto
 def test_the_page_is_for_keyboards_and_screen_readers(open_page):
     page = open_page()
     assert page.evaluate("document.documentElement.lang") and page.title() == "pet_pipeline"
-    for tab in ("Generate", "Compare", "Classify"):
+    for tab in TABS:
         page.get_by_role("tab", name=tab).focus()
         page.keyboard.press("Enter")
         page.wait_for_timeout(300)
         assert page.get_by_role("tab", name=tab).get_attribute("aria-selected") == "true"
         assert page.evaluate(UNNAMED) == []
+        assert page.get_by_role("button", name="Advanced", expanded=False).locator("visible=true").count()
+        open_advanced(page)
+        page.get_by_role("button", name="Advanced", expanded=True).locator("visible=true").wait_for()
+        assert page.evaluate(UNNAMED) == []
         assert page.get_by_role("status").count()
     page.get_by_role("tab", name="Generate").press("Enter")
     page.get_by_label("range slider for Steps").locator("visible=true").press("ArrowLeft")
-    visited = []
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        visited.append(page.evaluate("document.activeElement.innerText"))
-        if visited[-1] == "Generate":
-            break
-    assert visited[-1] == "Generate"
+    # The button is the second stop after the number of images.
+    page.get_by_label("range slider for Images of each class").locator("visible=true").press("ArrowLeft")
+    page.keyboard.press("Tab")
+    assert page.locator(":focus").inner_text() == "Generate"
     page.keyboard.press("Enter")
     link = page.get_by_role("link", name="Download").first
     link.wait_for()
+    assert page.get_by_role("link", name="Download").count() == 6
     settings = decoded(link.get_attribute("href"))
     assert b'"steps": 17' in settings
 
 
-def test_the_page_fits_a_phone(open_page):
-    page = open_page(width=390)
+@pytest.mark.parametrize(("width", "height", "columns"), [(1280, 800, 4), (390, 844, 2)])
+def test_the_first_screen_shows_what_is_needed_and_then_the_pictures(open_page, width, height, columns):
+    page = open_page(width, height)
+    for control in (
+        page.get_by_label("cat", exact=True),
+        page.get_by_label("number input for Images of each class"),
+        page.get_by_role("button", name="Generate"),
+        *(page.get_by_role("tab", name=tab) for tab in TABS),
+    ):
+        box = control.bounding_box()
+        assert box["y"] + box["height"] <= height and box["x"] + box["width"] <= width
+    assert page.get_by_role("tab").all_inner_texts() == list(TABS)
+    assert not page.get_by_label("Seed", exact=True).locator("visible=true").count()
+    assert not page.get_by_role("img").locator("visible=true").count()
     page.get_by_role("button", name="Generate").click()
     page.get_by_role("link", name="Download").first.wait_for()
-    for tab in ("Generate", "Compare", "Classify"):
+    boxes = [image.bounding_box() for image in page.locator(".pet-grid img").all()]
+    assert len(boxes) == 8 and all(box["width"] >= 160 and box["width"] == box["height"] for box in boxes)
+    assert sum(box["y"] == boxes[0]["y"] for box in boxes) == columns
+    # Whole pictures are on the first screen, without scrolling.
+    assert sum(box["y"] + box["height"] <= height for box in boxes) >= 2
+    if columns == 4:
+        strip = page.get_by_role("img", name=re.compile("came to be")).bounding_box()
+        assert strip["y"] + strip["height"] <= height
+
+
+def test_the_page_fits_a_phone(open_page):
+    page = open_page(390, 844)
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("link", name="Download").first.wait_for()
+    for tab in TABS:
         page.get_by_role("tab", name=tab).click()
         page.wait_for_timeout(300)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    # What a visitor has chosen and what becomes of it is scrolled to.
+    page.get_by_role("tab", name="Generate").click()
+    page.get_by_role("button", name=re.compile("^Edit dog")).first.click()
+    chosen = page.get_by_role("img", name="The chosen image")
+    chosen.wait_for()
+    page.wait_for_timeout(500)
+    box = chosen.bounding_box()
+    assert box["y"] >= 0 and box["y"] + box["height"] <= 844
+    page.get_by_role("button", name="Edit", exact=True).click()
+    page.get_by_role("link", name="edited.png").first.wait_for()
+    box = page.get_by_role("img", name="The original").bounding_box()
+    assert box["y"] >= 0 and box["y"] + box["height"] <= 844

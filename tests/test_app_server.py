@@ -89,10 +89,10 @@ def test_visitors_may_upload_the_same_file(pipeline):
     content = image_bytes(Image.new("RGB", (8, 8)), "PNG")
     with serve(pipeline) as url:
         paths = [upload(url, content).json()[0] for _ in range(2)]
-        for path in paths:
+        for path, job in zip(paths, ("take_upload", "take_upload_1")):  # to edit, and to classify
             file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-            join_queue(url, "take_upload", [file], "session")
-            assert '"success":true' in listen(url, "session")
+            join_queue(url, job, [file], "session")
+            assert "The image is cat.png" in listen(url, "session")
             assert not Path(path).exists()
 
 
@@ -111,7 +111,12 @@ def test_a_file_that_was_not_uploaded_is_refused(pipeline, tmp_path, capfd):
         )
         for path, kind in product(paths, ("gradio.FileData", "gradio.ImageData", None)):
             file = {"path": path, "url": "https://example.com/", "meta": {"_type": kind}, "is_stream": True}
-            for job, data in (("take_upload", [file]), ("generate", [[{"x": [file]}], *HEAVY[1:]])):
+            for job, data in (
+                ("take_upload", [file]),
+                ("take_upload_1", [file]),
+                ("generate", [[{"x": [file]}], *HEAVY[1:]]),
+                ("edit", [file, "cat", 0.5, *HEAVY[1:]]),
+            ):
                 answer = join_queue(url, job, data, "session")
                 assert answer.status_code == 400 and "Upload it again" in answer.json()["detail"]
     assert (tmp_path / "private.png").exists()
@@ -235,16 +240,24 @@ def test_the_plot_of_the_guidance_waits_in_the_queue_and_is_drawn_once(pipeline,
     assert len(drawn) == 1
 
 
+@pytest.mark.parametrize("job", ["take_example", "pass_to_edit", "pass_to_classify"])
 @pytest.mark.parametrize(
     "event", [{"index": -1}, {"index": 8}, {"index": "0"}, {"index": None}, {"index": 0.5}, {}, None, [0]]
 )
-def test_a_forged_example_is_refused(pipeline, capfd, event):
+def test_a_forged_choice_is_refused(pipeline, capfd, job, event):
+    inputs = [] if job == "take_example" else ["forged"]  # the pictures are those of the session
     with serve(pipeline) as url:
-        join_queue(url, "take_example", [], "session", event)
+        request = [["cat"], 8, 0, False, 1, *SETTINGS]
+        join_queue(url, "generate", request, "session")
+        listen(url, "session")
+        join_queue(url, job, inputs, "session", event)
         answer = listen(url, "session")
-        join_queue(url, "take_example", [], "session", {"index": 1})
-        assert '"success":true' in listen(url, "session")
-    assert "There is no such example." in answer and '"success":false' in answer
+        join_queue(url, job, inputs, "session", {"index": 7})
+        assert "data:image" in listen(url, "session")
+        join_queue(url, job, inputs, "other", {"index": 7})
+        other = listen(url, "other")
+    assert "not on the page any more" in answer and "data:image" not in answer
+    assert ("data:image" in other) == (job == "take_example")
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -372,7 +385,7 @@ def test_forged_values_are_explained_and_leave_nothing_in_the_log(pipeline, capf
         for index, value in product((0, 1, 2, 4, 6, 8), (None, "x", [[]], {}, 10**18, -1)):
             join_queue(url, "generate", [*HEAVY[:index], value, *HEAVY[index + 1 :]], "session")
             answer = listen(url, "session")
-            assert '"success":false' in answer, (index, value)
+            assert "pet-error" in answer and "data:image" not in answer, (index, value)
             assert re.search("must be from|no choice|no class|at least one class", answer), (index, value)
     assert "Traceback" not in capfd.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The web page of `pet-pipeline app`, on which images are drawn, compared, classified and checked for copies.
+"""The web page of `pet-pipeline app`, on which images are drawn, edited, compared and classified.
 
 [`launch`] takes a pipeline through these modules: `server` serves the page and limits what visitors may ask
 for, `page` lays out its components, `handlers` answers its events, `tasks` does the work with the model, and

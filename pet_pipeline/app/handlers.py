@@ -1,13 +1,13 @@
 """What happens on each event of the page: inputs are checked, the work runs, and its results are shown."""
 
 import html
+import logging
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,20 @@ from ..pipeline_pet_classification import PetClassificationPipeline
 from ..pipeline_pet_diffusion import PetDiffusionPipeline
 from ..sampling import SampleSettings, scheduler_by_name
 from ..visualization import array_image, compared_steps, guidance_figure
-from .html import evidence_html, figures_html, image_tag, model_settings, neighbors_html, samples_html
+from .html import (
+    chosen_html,
+    error_html,
+    evidence_html,
+    figures_html,
+    image_tag,
+    model_settings,
+    neighbors_html,
+    progress_html,
+    samples_html,
+)
 from .tasks import (
+    MAX_EVALUATIONS,
+    Picture,
     check_number,
     classify,
     example_images,
@@ -35,16 +47,30 @@ from .tasks import (
 if TYPE_CHECKING:
     from ..evaluation.reference import Reference
 
+logger = logging.getLogger(__name__)
+
 MAX_GUIDANCE_FIGURES = 128
+NO_IMAGE = "Choose an image first."
 
 
-@contextmanager
-def shown_errors() -> Iterator[None]:
-    """Shows a `ValueError` as a message on the page, and writes nothing to the log."""
-    try:
-        yield
-    except ValueError as error:
-        raise gr.Error(html.escape(str(error)), print_exception=False) from None
+def explained(handler: Callable[..., Any], num_outputs: int) -> Callable[..., Iterator[tuple]]:
+    """Makes a handler show an error as text in the first of its outputs, and leave its other outputs.
+
+    A `ValueError` is a mistake of the visitor and leaves nothing in the log; other errors do.
+    """
+
+    @wraps(handler)
+    def explained_handler(*args: Any) -> Iterator[tuple]:
+        rest = [gr.skip()] * (num_outputs - 1)
+        try:
+            yield from handler(*args)
+        except ValueError as error:
+            yield error_html(str(error)), *rest
+        except Exception:
+            logger.exception("The page could not answer %s.", handler.__name__)
+            yield error_html("The server could not do this, and its log says why. Try again."), *rest
+
+    return explained_handler
 
 
 def settings_from_inputs(values: Sequence[Any], names: list[str]) -> SampleSettings:
@@ -67,9 +93,36 @@ def settings_from_inputs(values: Sequence[Any], names: list[str]) -> SampleSetti
     return SampleSettings(**settings)
 
 
+def chosen_item(items: Sequence[Any], event: gr.EventData) -> Any:
+    """Returns the item whose button was clicked; raises `ValueError` if there is none."""
+    match event._data:
+        case {"index": int(index)} if 0 <= index < len(items):
+            return items[index]
+    raise ValueError("This image is not on the page any more. Choose another one.")
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun."""
+    return f"{number} {noun}{'s'[: number != 1]}"
+
+
+def chosen_outputs(image: Image.Image, caption: str) -> tuple[str, str, Image.Image]:
+    """Returns the status, a preview and the image after a visitor has chosen an image."""
+    return html.escape(f"The image is {caption}."), chosen_html(image, caption), image
+
+
 def draw_seed(seed: Any, is_drawn: Any) -> Any:
     """Returns the seed of a request, or a random one if the visitor wants a new seed each time."""
-    return random.randrange(2**31) if is_drawn else seed
+    return random.randrange(10**6) if is_drawn else seed
+
+
+def refusal_to_classify(classifier: PetClassificationPipeline) -> str | None:
+    """Returns why a model cannot classify, or `None` if it can."""
+    try:
+        classifier.check_inputs(MAX_EVALUATIONS, "calibrated", None, "denoising", True)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 class Handlers:
@@ -107,6 +160,8 @@ class Handlers:
         self.model = model_settings(pipeline)
         self.classifier = PetClassificationPipeline.from_pipe(pipeline)
         self.classifier.set_progress_bar_config(disable=True)
+        self.refusal = refusal_to_classify(self.classifier)
+        self.actions = ("edit",) if self.refusal else ("edit", "classify")
         self.examples = example_images(pipeline, reference)
         # The figure depends on the settings alone, and drawing it takes almost half a second.
         self.guidance_html = lru_cache(MAX_GUIDANCE_FIGURES)(self.plot_guidance)
@@ -118,10 +173,16 @@ class Handlers:
         settings = with_saved_values(self.pipeline, settings)
         scheduler = scheduler_by_name(settings.scheduler, self.pipeline.scheduler)
         sigmas, weights = guidance_weights(scheduler, settings)
-        text = f"Strength of the guidance at each step, from {min(weights):.3g} to {max(weights):.3g}"
         evaluations = num_evaluations(sigmas, weights, settings)
-        caption = f"{evaluations} evaluations of the model for each image"
-        figures = figures_html({caption: image_tag(guidance_figure(sigmas, weights), text)})
+        caption = f"{counted(evaluations, 'evaluation')} of the model for each image"
+        if self.pipeline.is_tuned:
+            return (
+                f"<p>{caption}. This model was tuned to draw in a few steps: it has learned the guidance of "
+                "the model that it was tuned from, and takes no other.</p>"
+            )
+        text = f"Strength of the guidance at each step, from {min(weights):.3g} to {max(weights):.3g}"
+        figure = image_tag(guidance_figure(sigmas, weights), text, "pet-plot")
+        figures = figures_html({caption: figure})
         return f'<div class="pet-figures">{figures}</div>'
 
     def draw_guidance(self, *values: Any) -> str:
@@ -129,38 +190,67 @@ class Handlers:
         try:
             return self.guidance_html(settings_from_inputs(values, self.names))
         except ValueError as error:
-            return f"<p>{html.escape(str(error))}</p>"
+            return error_html(str(error))
+
+    def draw(
+        self, names: Any, number: Any, seed: Any, is_drawn: Any, values: Sequence[Any], **kwargs: Any
+    ) -> Iterator[tuple]:
+        """Draws images, and yields the status, the images as HTML, the finished pictures and the seed.
+
+        `kwargs` are further arguments of [`sample`].
+        """
+        seed = draw_seed(seed, is_drawn)
+        settings = settings_from_inputs(values, self.names)
+        work = partial(sample, self.pipeline, names, number, seed, settings, **kwargs)
+        status: Any = "Drawing …"
+        finished: Any = []  # while images are drawn
+        for samples in stream(work, self.closed):
+            if not samples.is_finished:
+                step = f"Step {samples.step} of {samples.num_steps}"
+                progress = progress_html(step, samples.step, samples.num_steps)
+                yield status, progress + samples_html(samples), finished, seed
+                # The status is set only once, because a later one would replace "Cancelled".
+                status = finished = gr.skip()
+        pictures = samples.pictures
+        status = (
+            f"{counted(len(pictures), 'image')} in {samples.seconds:.1f} s, with "
+            f"{counted(samples.evaluations, 'evaluation')} of the model for each image."
+        )
+        yield status, samples_html(samples, self.actions, self.model), pictures, seed
 
     def generate(self, names: Any, number: Any, seed: Any, is_drawn: Any, *values: Any) -> Iterator[tuple]:
-        """Draws images, and yields the status, the images, the seed, the strip and the closest images."""
-        seed = draw_seed(seed, is_drawn)
-        with shown_errors():
-            settings = settings_from_inputs(values, self.names)
-            for samples in stream(partial(sample, self.pipeline, names, number, seed, settings), self.closed):
-                if samples.strip is None:
-                    heading = f"<p>Step {samples.step} of {samples.num_steps}</p>"
-                    # The status is set only once, because a later one would replace "Cancelled". The strip
-                    # and the closest images of the last request are removed at the same time.
-                    status, rest = ("Drawing …", "") if samples.step == 1 else (gr.skip(), gr.skip())
-                    yield status, heading + samples_html(samples), seed, rest, rest
-        count = sum(len(row) for row in samples.rows.values())
-        status = (
-            f"{count} images in {samples.seconds:.1f} s, with {samples.evaluations} evaluations of the model "
-            "for each image. Click an image to download it; the PNG keeps its settings."
-        )
-        text = "The first image of each class at every step, noisy and denoised; above them the noise level"
-        strip = f'<div class="pet-wide" tabindex="0">{image_tag(samples.strip, text)}</div>'
-        yield status, samples_html(samples, self.model), seed, strip, gr.skip()
-        if self.reference is not None:
-            images = self.reference.train.images
-            (found,) = stream(lambda report: neighbors_html(samples, images), self.closed)
-            yield *[gr.skip()] * 4, found
+        """Draws images of some classes; see [`draw`]."""
+        yield from self.draw(names, number, seed, is_drawn, values)
+
+    def edit(
+        self,
+        image: Image.Image | None,
+        name: Any,
+        strength: Any,
+        number: Any,
+        seed: Any,
+        is_drawn: Any,
+        *values: Any,
+    ) -> Iterator[tuple]:
+        """Draws the chosen image anew as another class; see [`draw`]."""
+        if image is None:
+            raise ValueError(NO_IMAGE)
+        yield from self.draw([name], number, seed, is_drawn, values, image=image, strength=strength)
+
+    def find_neighbors(self, pictures: list[Picture]) -> Iterator[tuple]:
+        """Yields the training images that are closest to the pictures, and whether the page shows them."""
+        assert self.reference is not None
+        images, found = self.reference.train.images, ""
+        if pictures:
+            (found,) = stream(lambda report: neighbors_html(pictures, images), self.closed)
+        yield found, gr.Accordion(visible=bool(found))
 
     def compare(self, request: Sequence[Any], compared: dict[str, SampleSettings]) -> Iterator[tuple]:
-        """Draws the same seeds with several settings, and yields the status, the images and the seed."""
+        """Draws the same seeds with several settings; yields what [`draw`] yields."""
         names, number, seed, is_drawn = request
         seed = draw_seed(seed, is_drawn)
-        finished: list[str] = []
+        sections: list[str] = []
+        pictures: list[Picture] = []
         seconds = 0.0
 
         def columns(*sections: str) -> str:
@@ -168,70 +258,85 @@ class Handlers:
 
         for title, settings in compared.items():
             for samples in stream(partial(sample, self.pipeline, names, number, seed, settings), self.closed):
-                is_final = samples.strip is not None
-                about = f"{samples.evaluations} evaluations" if is_final else f"step {samples.step}"
+                done = f"step {samples.step}"
+                if samples.is_finished:
+                    done = counted(samples.evaluations, "evaluation")
+                grid = samples_html(samples, self.actions, self.model, len(pictures), has_strips=False)
                 section = (
-                    f"<section><h3>{html.escape(title)}</h3><p>{html.escape(str(settings))}; {about}</p>"
-                    f"{samples_html(samples, self.model if is_final else None)}</section>"
+                    f"<section><h3>{html.escape(title)}</h3>"
+                    f'<p class="pet-about">{html.escape(str(settings))}; {done}</p>{grid}</section>'
                 )
-                is_first = samples.step == 1 and not finished
-                yield "Drawing …" if is_first else gr.skip(), columns(*finished, section), seed
-            finished.append(section)
+                is_first = samples.step == 1 and not sections
+                status, drawn = ("Drawing …", []) if is_first else (gr.skip(), gr.skip())
+                yield status, columns(*sections, section), drawn, seed
+            sections.append(section)
+            pictures += samples.pictures
             seconds += samples.seconds
-        yield f"All use the same seeds, from {seed} on. They took {seconds:.1f} s.", columns(*finished), seed
+        status = f"All use the same seeds, from {seed} on. They took {seconds:.1f} s."
+        yield status, columns(*sections), pictures, seed
 
     def compare_two(self, *values: Any) -> Iterator[tuple]:
         """Compares the settings A and B."""
         request, values = values[:4], values[4:]
         half = len(values) // 2
-        with shown_errors():
-            pair = {
-                "A": settings_from_inputs(values[:half], self.names),
-                "B": settings_from_inputs(values[half:], self.names),
-            }
-            yield from self.compare(request, pair)
+        pair = {
+            "A": settings_from_inputs(values[:half], self.names),
+            "B": settings_from_inputs(values[half:], self.names),
+        }
+        yield from self.compare(request, pair)
 
     def compare_steps(self, *values: Any) -> Iterator[tuple]:
-        """Compares several numbers of steps, with the other settings of A."""
+        """Compares several numbers of steps, with the other settings of B."""
         request, values = values[:4], values[4:]
-        with shown_errors():
-            settings = settings_from_inputs(values[: len(values) // 2], self.names)
-            compared = compared_steps(self.pipeline)
-            numbers = {f"{steps} steps": replace(settings, steps=steps) for steps in compared}
-            yield from self.compare(request, numbers)
+        settings = settings_from_inputs(values[len(values) // 2 :], self.names)
+        compared = compared_steps(self.pipeline)
+        numbers = {counted(steps, "step"): replace(settings, steps=steps) for steps in compared}
+        yield from self.compare(request, numbers)
+
+    # Choosing an image to edit or to classify
+
+    def take_upload(self, file: dict[str, Any] | None) -> Iterator[tuple]:
+        """Yields the outputs of [`chosen_outputs`] for an uploaded image, and removes the file."""
+        if file is None:
+            raise ValueError(NO_IMAGE)
+        path = Path(file["path"])
+        pixels = self.classifier.prepare_image(read_upload(path), path.name)
+        image = array_image((pixels * 127.5 + 127.5).round().byte())
+        yield chosen_outputs(image, path.name)
+
+    def take_example(self, event: gr.EventData) -> Iterator[tuple]:
+        """Yields the outputs of [`chosen_outputs`] for the example whose button was clicked."""
+        yield chosen_outputs(*chosen_item(self.examples, event))
+
+    def pass_to_edit(self, pictures: list[Picture], event: gr.EventData) -> Iterator[tuple]:
+        """Yields the outputs of [`chosen_outputs`] for a picture, another class, and the tab that edits."""
+        picture = chosen_item(pictures, event)
+        other = self.names[(self.names.index(picture.name) + 1) % len(self.names)]
+        yield *chosen_outputs(picture.image, str(picture)), other, gr.Tabs(selected="edit")
+
+    def pass_to_classify(self, pictures: list[Picture], event: gr.EventData) -> Iterator[tuple]:
+        """Yields the outputs of [`chosen_outputs`] for a picture, and the tab that classifies."""
+        picture = chosen_item(pictures, event)
+        yield *chosen_outputs(picture.image, str(picture)), gr.Tabs(selected="classify")
 
     # Classifying
 
-    def take_upload(self, path: Path | None) -> tuple[Image.Image, None]:
-        """Returns an uploaded image at the size of the model, and empties the upload field."""
-        with shown_errors():
-            if path is None:
-                raise ValueError("Choose an image first.")
-            pixels = self.classifier.prepare_image(read_upload(path), path.name)
-        return array_image((pixels * 127.5 + 127.5).round().byte()), None
-
-    def take_example(self, event: gr.EventData) -> Image.Image:
-        """Returns the example whose button was clicked."""
-        match event._data:
-            case {"index": int(index)} if 0 <= index < len(self.examples):
-                return self.examples[index][0]
-        raise gr.Error("There is no such example.", print_exception=False)
-
     def explain(self, image: Image.Image | None, num_evaluations: Any, seed: Any) -> Iterator[tuple]:
         """Classifies the chosen image, and yields the status, the probabilities and the evidence."""
-        with shown_errors():
-            if image is None:
-                raise ValueError("Upload an image first, or choose one of the examples.")
-            began = time.perf_counter()
-            work = partial(classify, self.classifier, image, num_evaluations, seed)
-            for found in stream(work, self.closed):
-                if isinstance(found, int):
-                    total = int(num_evaluations) * len(self.names)
-                    status = "Comparing the classes …" if found == 0 else gr.skip()
-                    yield status, None, f"<p>{found} of {total} evaluations</p>"
+        if image is None:
+            raise ValueError(NO_IMAGE)
+        began = time.perf_counter()
+        work = partial(classify, self.classifier, image, num_evaluations, seed)
+        for found in stream(work, self.closed):
+            if isinstance(found, int):
+                total = int(num_evaluations) * len(self.names)
+                status = "Comparing the classes …" if found == 0 else gr.skip()
+                progress = progress_html(f"{found} of {total} evaluations", found, total)
+                yield status, gr.Label(visible=False), progress + chosen_html(image, "")
         (label,), (evidence,) = found.labels, found.evidence
         status = (
             f"{html.escape(label)}: {found.probabilities[0][label]:.1%}, after {found.num_evaluations[0]} "
             f"evaluations of the model in {time.perf_counter() - began:.1f} s."
         )
-        yield status, found.probabilities[0], evidence_html(image, evidence, self.names)
+        probabilities = gr.Label(found.probabilities[0], visible=True)
+        yield status, probabilities, evidence_html(image, evidence, self.names)

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..pipeline_pet_classification import ClassificationEvidence
 from ..pipeline_pet_diffusion import PetDiffusionPipeline
 from ..sampling import model_digests, save_image
 from ..visualization import array_image, error_figure, evidence_map
-from .tasks import Samples
+from .tasks import Picture, Samples
 
 
 NUM_NEIGHBORS = 4
@@ -45,11 +46,11 @@ def figures_html(figures: dict[str, str]) -> str:
 def examples_html(examples: list[tuple[Image.Image, str]]) -> str:
     """Returns a button for each captioned image."""
     buttons = [
-        f'<button type="button" data-index="{index}" title="{html.escape(caption)}">'
+        f'<button type="button" data-event="select" data-index="{index}" title="{html.escape(caption)}">'
         f"{image_tag(image, f'Example {index + 1}, {caption}')}</button>"
         for index, (image, caption) in enumerate(examples)
     ]
-    return f'Or one of these:<div class="pet-row pet-small">{"".join(buttons)}</div>'
+    return f'Or one of these:<div class="pet-row">{"".join(buttons)}</div>'
 
 
 def model_settings(pipeline: PetDiffusionPipeline) -> dict[str, str]:
@@ -60,26 +61,92 @@ def model_settings(pipeline: PetDiffusionPipeline) -> dict[str, str]:
     }
 
 
-def samples_html(samples: Samples, model: dict[str, str] | None = None) -> str:
-    """Returns samples in one row for each class.
+def progress_html(text: str, done: int, total: int) -> str:
+    """Returns how far a job is, in words and as a bar."""
+    return (
+        f'<p class="pet-progress">{html.escape(text)} <progress max="{total}" value="{done}"></progress></p>'
+    )
 
-    If `model` is given (see [`model_settings`]), each image is a link that downloads a PNG with its settings.
+
+def error_html(message: str) -> str:
+    """Returns a message that says what is wrong."""
+    return f'<p class="pet-error">{html.escape(message)}</p>'
+
+
+def chosen_html(image: Image.Image, caption: str) -> str:
+    """Returns the image that a visitor has chosen to edit or to classify."""
+    return f'<div class="pet-grid">{figures_html({caption: image_tag(image, "The chosen image")})}</div>'
+
+
+def samples_html(
+    samples: Samples,
+    actions: Sequence[str] = (),
+    model: dict[str, str] | None = None,
+    first: int = 0,
+    has_strips: bool = True,
+) -> str:
+    """Returns the pictures of samples, after the original of an edit.
+
+    Finished pictures have buttons that hand them over, and a link that downloads a PNG. A visitor chooses one
+    of them to see how it came to be.
+
+    Args:
+        samples ([`Samples`]): the samples.
+        actions (`Sequence[str]`): the events of the buttons, out of `"edit"` and `"classify"`.
+        model (`dict[str, str]`, *optional*): see [`model_settings`]. The PNG of a picture keeps its settings
+            and these. A picture that was edited cannot be drawn again from its settings, and keeps none.
+        first (`int`): index of the first picture among those that the page shows.
+        has_strips (`bool`): whether the page shows how the chosen picture came to be.
     """
-    parts = []
-    for name, row in samples.rows.items():
-        parts.append(f'<h3>{html.escape(name)}</h3><div class="pet-row">')
-        for seed, image in enumerate(row, samples.seed):
-            tag = image_tag(image, f"{name}, seed {seed}")
-            if model is not None:
-                settings = {"class": name, "seed": seed, **asdict(samples.settings), **model}
-                file_name = html.escape(f"{name}-{seed}.png")
+    figures, strips = [], []
+    edited = ""
+    if samples.original is not None:
+        figures.append(figures_html({"original": image_tag(samples.original, "The original")}))
+        edited = "-edited"
+    has_rows = len(samples.pictures) > len(samples.rows) > 1  # each class begins a row
+    for number, picture in enumerate(samples.pictures):
+        tag = image_tag(picture.image, str(picture))
+        caption = html.escape(str(picture))
+        if samples.is_finished:
+            settings = None
+            if model is not None and not edited:
+                settings = {"class": picture.name, "seed": picture.seed, **asdict(samples.settings), **model}
+            file_name = html.escape(f"{picture.name}-{picture.seed}{edited}.png")
+            buttons = [
+                f'<button type="button" data-event="{action}" data-index="{first + number}" '
+                f'aria-label="{action.title()} {caption}">{action.title()}</button>'
+                for action in actions
+            ]
+            buttons.append(
+                f'<a href="{data_url(picture.image, settings)}" download="{file_name}" '
+                f'aria-label="Download {file_name}">Download</a>'
+            )
+            caption += f'<div class="pet-actions">{"".join(buttons)}</div>'
+            if has_strips:
+                is_chosen = number == 0
                 tag = (
-                    f'<a href="{data_url(image, settings)}" download="{file_name}" '
-                    f'aria-label="Download {file_name}">{tag}</a>'
+                    f'<label><input type="radio" name="pet-chosen{edited}" value="{number}" '
+                    f"{'checked' if is_chosen else ''}>{tag}</label>"
                 )
-            parts.append(tag)
-        parts.append("</div>")
-    return "".join(parts)
+                strips.append(strip_html(samples, number, is_chosen))
+        if has_rows and number and picture.seed == samples.seed:
+            figures.append('</div><div class="pet-grid">')
+        figures.append(f"<figure>{tag}<figcaption>{caption}</figcaption></figure>")
+    return f'<div class="pet-grid">{"".join(figures)}</div>{"".join(strips)}'
+
+
+def strip_html(samples: Samples, number: int, is_chosen: bool) -> str:
+    """Returns how a picture came to be; `number` is its index among the pictures of `samples`."""
+    text = (
+        f"How {samples.pictures[number]} came to be, from the first step to the last: the noisy image above, "
+        "and below it what the model makes of it"
+    )
+    tag = image_tag(samples.strips[number], text)
+    return (
+        f'<figure class="pet-strip" data-index="{number}" {"" if is_chosen else "hidden"}>'
+        f"<figcaption>{html.escape(text)}.</figcaption>"
+        f'<div class="pet-wide" tabindex="0">{tag}</div></figure>'
+    )
 
 
 def evidence_html(image: Image.Image, evidence: ClassificationEvidence, names: list[str]) -> str:
@@ -91,27 +158,22 @@ def evidence_html(image: Image.Image, evidence: ClassificationEvidence, names: l
             evidence_map(evidence), f"Where the image speaks for {best} or {second}", "pet-pixels"
         ),
         "The smaller the error of its denoiser, the better a class explains the image": image_tag(
-            error_figure(evidence, names), "Errors of each class by noise level"
+            error_figure(evidence, names), "Errors of each class by noise level", "pet-plot"
         ),
     }
     return f'<div class="pet-figures">{figures_html(pictures)}</div>'
 
 
-def neighbors_html(samples: Samples, training_images: torch.Tensor) -> str:
-    """Returns each sample beside the training images that are closest to it.
+def neighbors_html(pictures: list[Picture], training_images: torch.Tensor) -> str:
+    """Returns each picture beside the training images that are closest to it.
 
     The training images are uint8, of shape `(M, channels, height, width)`.
     """
     from ..evaluation.metrics import nearest_neighbors, pixel_distances
     from ..training.data import image_mode, image_to_tensor, to_model_range
 
-    labels_and_images = [
-        (f"{name}, seed {seed}", image)
-        for name, row in samples.rows.items()
-        for seed, image in enumerate(row, samples.seed)
-    ]
     size, mode = training_images.shape[-1], image_mode(training_images.shape[1])
-    tensors = [image_to_tensor(image, size, mode) for _, image in labels_and_images]
+    tensors = [image_to_tensor(picture.image, size, mode) for picture in pictures]
     pixels = to_model_range(torch.stack(tensors))
     known = to_model_range(training_images)
     copies = nearest_neighbors(pixels, known).memorization_ratio() * len(pixels)
@@ -122,12 +184,10 @@ def neighbors_html(samples: Samples, training_images: torch.Tensor) -> str:
         f"{copies:.0f} of the {len(pixels)} samples count as copies: the closest training image is three "
         "times closer than the next different one.</p>"
     ]
-    for (label, image), distances, indices in zip(
-        labels_and_images, closest.values.tolist(), closest.indices
-    ):
-        figures = {"sample": image_tag(image, label)}
+    for picture, distances, indices in zip(pictures, closest.values.tolist(), closest.indices):
+        figures = {"sample": image_tag(picture.image, str(picture))}
         for number, (distance, index) in enumerate(zip(distances, indices), 1):
-            text = f"training image {number} closest to {label}"
+            text = f"training image {number} closest to {picture}"
             figures[f"{number}: {distance:.2f}"] = image_tag(array_image(training_images[index]), text)
-        parts.append(f'{html.escape(label)}<div class="pet-row pet-small">{figures_html(figures)}</div>')
+        parts.append(f'{html.escape(str(picture))}<div class="pet-row">{figures_html(figures)}</div>')
     return "".join(parts)

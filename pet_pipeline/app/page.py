@@ -2,32 +2,60 @@
 
 import html
 import threading
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
 from ..pipeline_pet_diffusion import PetDiffusionPipeline
 from ..sampling import SampleSettings
 from ..visualization import compared_steps
-from .handlers import Handlers
+from .handlers import Handlers, explained
 from .html import examples_html
-from .tasks import MAX_EVALUATIONS, MAX_IMAGES
+from .tasks import MAX_EVALUATIONS, MAX_IMAGES, MIN_STRENGTH
 
 
 if TYPE_CHECKING:
     from ..evaluation.reference import Reference
 
-# Gradio gives the component of a status no role, so a screen reader would not announce it.
-ANNOUNCE = "element.setAttribute('role', 'status')"
-# Gradio knows no buttons inside the HTML of a component.
-CHOOSE = """
-element.addEventListener("click", (event) => {
-  const button = event.target.closest("button");
-  if (button) trigger("select", { index: Number(button.dataset.index) });
+# Gradio gives the component of a status no role, so a screen reader would not announce it. On a phone, a
+# status that changes below the screen is scrolled to.
+ANNOUNCE = """
+element.setAttribute("role", "status");
+watch("value", () => {
+  if (element.getBoundingClientRect().top > innerHeight) element.scrollIntoView({ block: "nearest" });
 });
 """
+# Gradio does not tell screen readers whether an accordion is open.
+TELL_EXPANDED = """
+new MutationObserver(() => {
+  for (const button of document.querySelectorAll("button.label-wrap"))
+    button.ariaExpanded = button.classList.contains("open");
+}).observe(document.body, { subtree: true, childList: true, attributeFilter: ["class"] });
+"""
+# Gradio knows no buttons inside the HTML of a component, and only events whose names it finds in the script.
+CHOOSE = """
+const events = ["select", "edit", "classify"];
+element.addEventListener("click", (event) => {
+  const { event: name, index } = event.target.closest("button")?.dataset ?? {};
+  if (events.includes(name)) trigger(name, { index: Number(index) });
+});
+element.addEventListener("change", (event) => {
+  for (const strip of element.querySelectorAll(".pet-strip"))
+    strip.hidden = strip.dataset.index !== event.target.value;
+});
+"""
+# What has the focus is not shown any more when another tab is.
+FOCUS_TAB = """() => {
+  document.querySelector("[role=tab][aria-selected=true]").focus();
+  const statuses = [...document.querySelectorAll("[role=status]")];
+  statuses.find((status) => status.checkVisibility()).scrollIntoView({ block: "nearest" });
+}"""
+# The queue may refuse a request before a handler sees it.
+REFUSED = """() => {
+  return "<p class='pet-error'>The server did not take this request. Wait a moment, and try again.</p>";
+}"""
 
 # Jobs of the model run one after the other.
 MODEL_EVENT: dict[str, Any] = {
@@ -45,16 +73,6 @@ PLOT_EVENT: dict[str, Any] = {
 }
 
 
-def checked_later(component: gr.components.Component) -> gr.components.Component:
-    """Passes a component's value to the handler as it is.
-
-    Gradio's own checks fail on an empty field and write every wrong value to the log; the handlers check the
-    values and explain what is wrong.
-    """
-    component.preprocess = lambda value: value
-    return component
-
-
 def settings_inputs(handlers: Handlers, settings: SampleSettings) -> list[gr.components.Component]:
     """Creates an input for every option of [`SampleSettings`]; `settings` gives the values at the start."""
     components = []
@@ -66,24 +84,53 @@ def settings_inputs(handlers: Handlers, settings: SampleSettings) -> list[gr.com
         common: dict[str, Any] = {"label": option.label, "info": option.help, "visible": is_possible}
         if option.slider is not None:
             low, high, step = option.slider
-            component = gr.Slider(low, high, value, step=step, **common)
+            components.append(gr.Slider(low, high, value, step=step, **common))
         else:
             choices = [option.none_label] if option.none_label else []
             choices += option.choices or handlers.names
-            component = gr.Dropdown(choices, value=option.none_label if value is None else value, **common)
-        components.append(checked_later(component))
+            value = option.none_label if value is None else value
+            components.append(gr.Dropdown(choices, value=value, **common))
     return components
 
 
-def request_inputs(names: list[str]) -> list[gr.components.Component]:
-    """Creates the inputs for the classes, the number of images, the seed, and whether the seed is drawn."""
-    components = [
+def class_inputs(names: list[str], number: int) -> list[gr.components.Component]:
+    """Creates the inputs for the classes and for the number of images, which is `number` at the start."""
+    return [
         gr.CheckboxGroup(names, value=names[:2], label="Classes"),
-        gr.Slider(1, MAX_IMAGES // 2, 4, step=1, label="Images of each class"),
+        gr.Slider(1, MAX_IMAGES // 2, number, step=1, label="Images of each class"),
+    ]
+
+
+def seed_inputs() -> list[gr.components.Component]:
+    """Creates the inputs for the seed, and for whether the seed is drawn."""
+    return [
         gr.Number(0, label="Seed", precision=0),
         gr.Checkbox(True, label="Draw a new seed each time"),
     ]
-    return [checked_later(component) for component in components]
+
+
+def buttons(label: str) -> tuple[gr.Button, gr.Button]:
+    """Creates a button that starts a job, and beside it one that cancels the job."""
+    with gr.Row():
+        start = gr.Button(label, variant="primary", min_width=185)
+        return start, gr.Button("Cancel", scale=0, min_width=95)
+
+
+def on(
+    trigger: Callable[..., Any],
+    handler: Callable[..., Any],
+    inputs: list[gr.components.Component],
+    outputs: list[gr.components.Component],
+    **kwargs: Any,
+) -> Any:
+    """Lets a handler answer an event; the first of the outputs shows what is wrong, if anything is.
+
+    The handler gets the values as they are: Gradio's own checks fail on an empty field, write every wrong
+    value to the log, and would leave a copy of an uploaded file.
+    """
+    event = trigger(explained(handler, len(outputs)), inputs, outputs, preprocess=False, **kwargs)
+    event.failure(None, None, outputs[0], js=REFUSED)  # the handler itself never fails
+    return event
 
 
 def cancel_on_click(button: gr.Button, status: gr.HTML, events: list[Any]) -> None:
@@ -91,96 +138,177 @@ def cancel_on_click(button: gr.Button, status: gr.HTML, events: list[Any]) -> No
     button.click(None, None, status, js="() => 'Cancelled.'", cancels=events, **LIGHT_EVENT)
 
 
-def add_generate_tab(handlers: Handlers) -> None:
+class Results(NamedTuple):
+    """Where a tab shows pictures."""
+
+    status: gr.HTML
+    grid: gr.HTML
+    pictures: gr.State  # those of the grid that are finished
+
+
+class Chosen(NamedTuple):
+    """Where a tab shows and keeps the image that it works on."""
+
+    status: gr.HTML
+    preview: gr.HTML
+    image: gr.State
+
+
+def add_results(hint: str) -> Results:
+    """Adds the place of the pictures of a tab; `hint` says how they get there."""
+    return Results(gr.HTML(hint, js_on_load=ANNOUNCE), gr.HTML(js_on_load=CHOOSE), gr.State([]))
+
+
+def add_choice(handlers: Handlers, label: str) -> tuple[gr.File, gr.HTML]:
+    """Adds the two ways to choose an image: a file, or one of the examples."""
+    upload = gr.File(label=label, file_types=["image"], height=130)
+    return upload, gr.HTML(examples_html(handlers.examples), js_on_load=CHOOSE)
+
+
+def take_choice(handlers: Handlers, choice: tuple[gr.File, gr.HTML], chosen: Chosen) -> None:
+    """Lets both ways of [`add_choice`] choose the image of a tab."""
+    upload, examples = choice
+    event = on(upload.upload, handlers.take_upload, [upload], [*chosen], **LIGHT_EVENT)
+    event.then(None, None, upload, js="() => null")
+    on(examples.select, handlers.take_example, [], [*chosen], **LIGHT_EVENT)
+
+
+def add_generate_tab(handlers: Handlers) -> Results:
     """Adds the tab that draws images."""
-    with gr.Tab("Generate"), gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            request = request_inputs(handlers.names)
-            settings = settings_inputs(handlers, handlers.settings)
-            curve = gr.HTML(handlers.guidance_html(handlers.settings), label="Guidance")
-            with gr.Row():
-                start, cancel = gr.Button("Generate", variant="primary"), gr.Button("Cancel")
+    with gr.Tab("Generate", id="generate"), gr.Row():
+        with gr.Column(min_width=300):
+            request = class_inputs(handlers.names, 4)
+            start, cancel = buttons("Generate")
+            with gr.Accordion("Advanced", open=False):
+                seed = seed_inputs()
+                settings = settings_inputs(handlers, handlers.settings)
+                curve = gr.HTML(handlers.guidance_html(handlers.settings), label="Guidance")
         with gr.Column(scale=3, min_width=300):
-            status, grid, strip = gr.HTML(js_on_load=ANNOUNCE), gr.HTML(), gr.HTML()
-            with gr.Accordion("Closest training images", visible=handlers.reference is not None):
-                neighbors = gr.HTML("Generate images first.")
-    event = start.click(
+            results = add_results("Choose classes, and click Generate.")
+            with gr.Accordion("Closest training images", visible=False) as around_neighbors:
+                neighbors = gr.HTML()
+    event = on(
+        start.click,
         handlers.generate,
-        [*request, *settings],
-        [status, grid, request[2], strip, neighbors],
-        show_progress_on=status,
+        [*request, *seed, *settings],
+        [*results, seed[0]],
+        show_progress_on=results.status,
         **MODEL_EVENT,
     )
-    cancel_on_click(cancel, status, [event])
+    cancel_on_click(cancel, results.status, [event])
+    if handlers.reference is not None:
+        on(
+            results.pictures.change,
+            handlers.find_neighbors,
+            [results.pictures],
+            [neighbors, around_neighbors],
+            trigger_mode="always_last",
+            **LIGHT_EVENT,
+        )
     for item in settings:
-        item.change(handlers.draw_guidance, settings, curve, **PLOT_EVENT)
+        item.change(handlers.draw_guidance, settings, curve, preprocess=False, **PLOT_EVENT)
+    return results
 
 
-def add_compare_tab(handlers: Handlers) -> None:
+def add_edit_tab(handlers: Handlers) -> tuple[Results, Chosen, gr.Radio]:
+    """Adds the tab that edits an image; also returns the input for the class that it becomes."""
+    with gr.Tab("Edit", id="edit"), gr.Row():
+        with gr.Column(min_width=300):
+            choice = add_choice(handlers, "Image to edit")
+            name = gr.Radio(handlers.names, value=handlers.names[0], label="Turn into")
+            strength = gr.Slider(MIN_STRENGTH, 1, 0.5, step=0.05, label="Strength")
+            number = gr.Slider(1, MAX_IMAGES // 2, 4, step=1, label="Variants")
+            start, cancel = buttons("Edit")
+            with gr.Accordion("Advanced", open=False):
+                seed = seed_inputs()
+                settings = settings_inputs(handlers, handlers.settings)
+        with gr.Column(scale=3, min_width=300):
+            results = add_results("Choose an image and what it becomes, and click Edit.")
+            chosen = Chosen(results.status, results.grid, gr.State())
+    take_choice(handlers, choice, chosen)
+    event = on(
+        start.click,
+        handlers.edit,
+        [chosen.image, name, strength, number, *seed, *settings],
+        [*results, seed[0]],
+        show_progress_on=results.status,
+        **MODEL_EVENT,
+    )
+    cancel_on_click(cancel, results.status, [event])
+    return results, chosen, name
+
+
+def add_compare_tab(handlers: Handlers) -> Results:
     """Adds the tab that compares settings with the same seeds."""
-    with gr.Tab("Compare"):
-        with gr.Row():
-            with gr.Column(min_width=250):
-                gr.Markdown("### Both")
-                request = request_inputs(handlers.names)
-            with gr.Column(min_width=250):
+    saved = handlers.settings
+    if handlers.pipeline.is_tuned:
+        about, other = "A takes 1 step, and B as many as are saved with the model.", replace(saved, steps=1)
+    else:
+        about = "A draws without guidance, and B with the guidance that is saved with the model."
+        other = replace(saved, guidance_scale=1.0, pag_scale=0.0, autoguidance_scale=1.0)
+    *first_steps, last_steps = compared_steps(handlers.pipeline)
+    with gr.Tab("Compare", id="compare"), gr.Row():
+        with gr.Column(min_width=300):
+            request = class_inputs(handlers.names, 2)
+            gr.HTML(about)
+            two, cancel = buttons("Compare A and B")
+            steps = gr.Button(f"Compare {', '.join(map(str, first_steps))} and {last_steps} steps", size="md")
+            with gr.Accordion("Advanced", open=False):
+                seed = seed_inputs()
                 gr.Markdown("### A")
-                first = settings_inputs(handlers, replace(handlers.settings, guidance_scale=1.0))
-            with gr.Column(min_width=250):
+                first = settings_inputs(handlers, other)
                 gr.Markdown("### B")
-                second = settings_inputs(handlers, handlers.settings)
-        with gr.Row():
-            two = gr.Button("Compare A and B", variant="primary")
-            *first_steps, last_steps = compared_steps(handlers.pipeline)
-            steps = gr.Button(f"Compare {', '.join(map(str, first_steps))} and {last_steps} steps of A")
-            cancel = gr.Button("Cancel")
-        status, grid = gr.HTML(js_on_load=ANNOUNCE), gr.HTML()
+                second = settings_inputs(handlers, saved)
+        with gr.Column(scale=3, min_width=300):
+            results = add_results("Choose classes, and what to compare.")
     events = [
-        button.click(
+        on(
+            button.click,
             handler,
-            [*request, *first, *second],
-            [status, grid, request[2]],
-            show_progress_on=status,
+            [*request, *seed, *first, *second],
+            [*results, seed[0]],
+            show_progress_on=results.status,
             **MODEL_EVENT,
         )
         for button, handler in ((two, handlers.compare_two), (steps, handlers.compare_steps))
     ]
-    cancel_on_click(cancel, status, events)
+    cancel_on_click(cancel, results.status, events)
+    return results
 
 
-def add_classify_tab(handlers: Handlers) -> None:
-    """Adds the tab that classifies an image."""
-    with gr.Tab("Classify"), gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            upload = gr.File(label="Image to classify", file_types=["image"], height=140)
-            # The handler needs the path alone, to remove the file; Gradio's own way would leave the file.
-            upload.preprocess = lambda file: file and Path(file.path)
-            choices = gr.HTML(examples_html(handlers.examples), js_on_load=CHOOSE)
-            effort = gr.Slider(2, MAX_EVALUATIONS, 32, step=2, label="Evaluations for each class")
-            seed = gr.Number(0, label="Seed of the noise", precision=0)
-            with gr.Row():
-                again, cancel = gr.Button("Classify again"), gr.Button("Cancel")
-        with gr.Column(scale=3, min_width=300):
-            status = gr.HTML(js_on_load=ANNOUNCE)
-            probabilities, evidence = gr.Label(label="Probabilities"), gr.HTML()
-    image = gr.State()
-    chosen = [
-        upload.upload(handlers.take_upload, upload, [image, upload], api_visibility="private"),
-        choices.select(handlers.take_example, None, image, **LIGHT_EVENT),
-    ]
+def add_classify_tab(handlers: Handlers) -> Chosen | None:
+    """Adds the tab that classifies an image, or says why the model cannot."""
+    with gr.Tab("Classify", id="classify"):
+        if handlers.refusal:
+            gr.HTML(f"<p>{html.escape(handlers.refusal)}</p>")
+            return None
+        with gr.Row():
+            with gr.Column(min_width=300):
+                choice = add_choice(handlers, "Image to classify")
+                again, cancel = buttons("Classify")
+                with gr.Accordion("Advanced", open=False):
+                    effort = gr.Slider(2, MAX_EVALUATIONS, 32, step=2, label="Evaluations for each class")
+                    seed = gr.Number(0, label="Seed of the noise", precision=0)
+            with gr.Column(scale=3, min_width=300):
+                status = gr.HTML("Choose an image.", js_on_load=ANNOUNCE)
+                probabilities = gr.Label(label="Probabilities", visible=False)
+                chosen = Chosen(status, gr.HTML(), gr.State())
+    take_choice(handlers, choice, chosen)
     events = [
         # An image that is chosen while another is classified comes next.
-        trigger(
+        on(
+            trigger,
             handlers.explain,
-            [image, checked_later(effort), checked_later(seed)],
-            [status, probabilities, evidence],
+            [chosen.image, effort, seed],
+            [status, probabilities, chosen.preview],
             show_progress_on=status,
             trigger_mode="always_last",
             **MODEL_EVENT,
         )
-        for trigger in (*(choice.success for choice in chosen), again.click)
+        for trigger in (chosen.image.change, again.click)
     ]
     cancel_on_click(cancel, status, events)
+    return chosen
 
 
 def build_app(
@@ -191,7 +319,7 @@ def build_app(
     """Builds the page; [`serve`] serves it.
 
     Args:
-        pipeline ([`PetDiffusionPipeline`]): the model.
+        pipeline ([`PetDiffusionPipeline`]): the model. The page offers what it can do.
         reference ([`Reference`], *optional*): the data set that the model was trained on. The page then shows
             the training images that are closest to each sample, and offers unseen images to classify.
         closed (`threading.Event`, *optional*): ends the work on all requests when it is set.
@@ -205,8 +333,22 @@ def build_app(
         size = pipeline.transformer.config.sample_size
         about = f"Images of {size}×{size} pixels by diffusion: {', '.join(handlers.names)}."
         # This is HTML because in Markdown, the name of a class could load an image.
-        gr.HTML(f"<h1>pet_pipeline</h1><p>{html.escape(about)}</p>", padding=False)
-        add_generate_tab(handlers)
-        add_compare_tab(handlers)
-        add_classify_tab(handlers)
+        head = f'<div class="pet-head"><h1>pet_pipeline</h1><p>{html.escape(about)}</p></div>'
+        gr.HTML(head, js_on_load=TELL_EXPANDED)
+        with gr.Tabs() as tabs:
+            generated = add_generate_tab(handlers)
+            edited, to_edit, name = add_edit_tab(handlers)
+            compared = add_compare_tab(handlers)
+            to_classify = add_classify_tab(handlers)
+        for results in (generated, edited, compared):
+            inputs = [results.pictures]
+            outputs = [*to_edit, name, tabs]
+            events = [on(results.grid.edit, handlers.pass_to_edit, inputs, outputs, **LIGHT_EVENT)]
+            if to_classify is not None:
+                outputs = [*to_classify, tabs]
+                events += [
+                    on(results.grid.classify, handlers.pass_to_classify, inputs, outputs, **LIGHT_EVENT)
+                ]
+            for event in events:
+                event.then(None, js=FOCUS_TAB)
     return page

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..evaluation.reference import Reference
 
 MAX_QUEUE = 16
-MAX_SESSIONS = 1000
+MAX_SESSIONS = 250  # each keeps the pictures that it shows
 STYLE = Path(__file__).parent / "style.css"
 # A Space is reached only through proxies in private networks, which tell the address of the visitor.
 SPACE_PROXIES = "127.0.0.1,10.0.0.0/8,100.64.0.0/10,172.16.0.0/12,192.168.0.0/16"
@@ -70,8 +70,10 @@ def serve(
                 state_session_capacity=MAX_SESSIONS,
                 max_file_size=MAX_UPLOAD_BYTES,
                 theme=gr.themes.Default(
-                    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-                ),
+                    primary_hue="indigo",  # on Gradio's orange, white text has little contrast
+                    font=["system-ui", "sans-serif"],
+                    font_mono=["ui-monospace", "monospace"],
+                ).set(block_info_text_color="*neutral_500", body_text_color_subdued="*neutral_500"),
                 css_paths=STYLE,
                 footer_links=[],
                 run_history=False,

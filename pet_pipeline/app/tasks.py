@@ -1,4 +1,4 @@
-"""What the model does for the page: drawing and classifying images in a thread that can be cancelled."""
+"""What the model does for the page: it draws and classifies images in a thread that can be cancelled."""
 
 import queue
 import threading
@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -29,11 +29,24 @@ if TYPE_CHECKING:
 MAX_IMAGES = 16
 MAX_EVALUATIONS = 256
 MAX_SEED = 2**32 - 1
+MIN_STRENGTH = 0.05
 UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 # A classification can be cancelled between two batches.
 CLASSIFIER_BATCH = 16
 NUM_EXAMPLES = 8
+MAX_STRIP_STEPS = 12
+
+
+class Picture(NamedTuple):
+    """An image that the model has drawn."""
+
+    name: str  # of its class
+    seed: int
+    image: Image.Image
+
+    def __str__(self) -> str:
+        return f"{self.name}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -45,10 +58,25 @@ class Samples:
     settings: SampleSettings
     step: int  # number of steps that are done
     num_steps: int
+    original: Image.Image | None = None  # the image that was edited
     # Only finished images have the following.
     seconds: float = 0.0
     evaluations: int = 0  # of the model, for each image
-    strip: Image.Image | None = None  # the first image of each class at every step
+    strips: list[Image.Image] = field(default_factory=list)  # of each image, see [`denoising_strips`]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether these are the images, and not predictions of them."""
+        return bool(self.strips)
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """The images of all classes."""
+        return [
+            Picture(name, seed, image)
+            for name, row in self.rows.items()
+            for seed, image in enumerate(row, self.seed)
+        ]
 
 
 class Cancelled(Exception):
@@ -155,14 +183,19 @@ def sample(
     seed: int,
     settings: SampleSettings,
     report: Callable[[Samples], None] = lambda samples: None,
+    image: Image.Image | None = None,
+    strength: float | None = None,
 ) -> Samples:
     """Draws `number` images of each class, the same as `pet-pipeline generate` draws with these settings.
 
-    `seed` is that of the first image of each class; the seeds of the next images count up. After each step,
-    `report` is called with the predictions of the images. The pipeline is not changed. `ValueError` is raised
-    if a class does not exist, or if the request is larger than the page allows.
+    With `image` and `strength`, edits the image as `pet-pipeline edit` does. `seed` is that of the first
+    image of each class; the seeds of the next images count up. After each step, `report` is called with the
+    predictions of the images. The pipeline is not changed. `ValueError` is raised if a class does not exist,
+    or if the request is larger than the page allows.
     """
     check_request(pipeline, names, number, seed)
+    if image is not None:
+        check_number("The strength", strength, MIN_STRENGTH, 1)
     number, seed = int(number), int(seed)
     settings = with_saved_values(pipeline, settings)
     began = time.perf_counter()
@@ -173,15 +206,21 @@ def sample(
     id2label = dict(enumerate(pipeline.class_names))
     pipe = PetDiffusionPipeline(pipeline.transformer, scheduler, guide=pipeline.guide, id2label=id2label)
     pipe.set_progress_bar_config(disable=True)
+    first = pipe.first_step(len(sigmas), image, strength, None)
+    sigmas, weights = sigmas[first:], weights[first:]
     config = pipe.transformer.config
     generators = [generator for _ in names for generator in image_generators(number, seed)]
     shape = (len(generators), config.in_channels, config.sample_size, config.sample_size)
     noise = randn_tensor(shape, generator=generators)
-    recorder = DenoisingRecorder(noise)
+    sigma_data = scheduler.config.sigma_data
+    start = noise
+    if image is not None:
+        start = (pipe.prepare_images(image) + sigmas[0] * noise) / (sigmas[0] ** 2 + sigma_data**2) ** 0.5
+    recorder = DenoisingRecorder(start)
 
     def samples(images: list[Image.Image], **kwargs: Any) -> Samples:
         rows = {name: images[row * number : (row + 1) * number] for row, name in enumerate(names)}
-        return Samples(rows, seed, settings, len(recorder.sigmas), len(weights), **kwargs)
+        return Samples(rows, seed, settings, len(recorder.sigmas), len(weights), image, **kwargs)
 
     def record(pipe: PetDiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         recorder(pipe, step, timestep, tensors)
@@ -196,13 +235,25 @@ def sample(
         latents=noise,
         callback_on_step_end=record,
         callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
+        image=image,
+        strength=strength,
     ).images
     return samples(
         images,
         seconds=time.perf_counter() - began,
         evaluations=num_evaluations(sigmas, weights, settings),
-        strip=recorder.strip(pipe, range(0, len(images), number), names, scale=1),
+        strips=denoising_strips(pipe, recorder),
     )
+
+
+def denoising_strips(pipeline: PetDiffusionPipeline, recorder: DenoisingRecorder) -> list[Image.Image]:
+    """Returns how each image came to be: some of its steps, noisy above and the model's prediction below."""
+    last = len(recorder.denoised) - 1
+    steps = torch.linspace(0, last, min(last + 1, MAX_STRIP_STEPS)).round().int().tolist()
+    noisy = torch.stack([recorder.noisy[step] for step in steps]) * pipeline.scheduler.config.sigma_data
+    denoised = torch.stack([recorder.denoised[step] for step in steps])
+    both = torch.stack([noisy, denoised]).permute(2, 3, 0, 4, 1, 5)  # (N, channels, 2, height, steps, width)
+    return pipeline.image_processor.postprocess(both.flatten(4).flatten(2, 3), output_type="pil")
 
 
 # Classifying

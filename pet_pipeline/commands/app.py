@@ -11,8 +11,8 @@ def add_parser(commands: Any) -> None:
     """Describes the command to argparse."""
     parser = commands.add_parser(
         "app",
-        help="open a web page to draw, compare and classify images",
-        description="Serves a web page on this machine, to draw and classify images and to compare settings.",
+        help="open a web page to draw, edit, compare and classify images",
+        description="Serves a web page on this machine, to draw, edit, compare and classify images.",
         formatter_class=HelpFormatter,
     )
     add_model_option(parser)

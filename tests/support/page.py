@@ -10,7 +10,8 @@ from PIL import Image
 
 def pixels(image: Image.Image) -> torch.Tensor:
     image = image.convert("RGB")
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*image.size, 3).int()
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return data.view(image.height, image.width, 3).int()
 
 
 def decoded(url: str) -> bytes:
