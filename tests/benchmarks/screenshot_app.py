@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -24,27 +24,39 @@ from support.browser import chromium  # noqa: E402
 
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 OUT = Path(__file__).parent.parent.parent / "docs" / "images"
 
 
-def save_screenshot(page: "Page", name: str, scroll_up: bool = True) -> None:
-    """Saves the page with 256 colours, which keeps the file small."""
+def save_screenshot(page: "Page", name: str) -> None:
+    """Saves the top of the page with the 256 colours that change it least, which keeps the file small."""
     page.mouse.move(0, 0)
     page.evaluate("document.activeElement.blur()")
-    if scroll_up:
-        page.evaluate("window.scrollTo(0, 0)")
+    page.evaluate("window.scrollTo(0, 0)")
     page.wait_for_timeout(500)
     with Image.open(io.BytesIO(page.screenshot())) as picture:
-        palette = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        palette = picture.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE)
     palette.save(OUT / f"{name}.png", optimize=True)
 
 
-def set_number(page: "Page", label: str, value: int) -> None:
-    field = page.get_by_label(label, exact=True).locator("visible=true")
-    field.fill(str(value))
+def open_page(browser: "Browser", url: str, width: int, height: int, **kwargs: Any) -> "Page":
+    page = browser.new_page(viewport={"width": width, "height": height}, **kwargs)
+    page.set_default_timeout(300_000)
+    page.goto(url)
+    page.get_by_role("button", name="Generate").wait_for()
+    return page
+
+
+def fix_seed(page: "Page", seed: int) -> None:
+    """Sets the seed of the visible tab; closes the advanced settings again."""
+    advanced = page.get_by_role("button", name="Advanced").locator("visible=true")
+    advanced.click()
+    page.get_by_label("Draw a new seed each time").locator("visible=true").uncheck()
+    field = page.get_by_label("Seed", exact=True).locator("visible=true")
+    field.fill(str(seed))
     field.press("Tab")
+    advanced.click()
 
 
 def main() -> None:
@@ -58,17 +70,12 @@ def main() -> None:
     names = pipeline.class_names
     reference = load_reference(args.reference, names, resolution, cache_dir=args.cache_dir)
     with serve(pipeline, reference) as url, chromium() as browser:
-        page = browser.new_page(viewport={"width": 1280, "height": 1280})
-        page.set_default_timeout(300_000)
-        page.goto(url)
-        generate = page.get_by_role("button", name="Generate")
-        generate.wait_for()
-        page.get_by_label("Draw a new seed each time").uncheck()
+        page = open_page(browser, url, 1280, 800)
         seconds = []
         for seed in range(3, -1, -1):
-            set_number(page, "Seed", seed)
+            fix_seed(page, seed)
             began = time.perf_counter()
-            generate.click()
+            page.get_by_role("button", name="Generate").click()
             page.get_by_role("link", name=f"Download {names[0]}-{seed}.png").wait_for()
             seconds.append(time.perf_counter() - began)
             neighbor = f"training image 1 closest to {names[0]}, seed {seed}"
@@ -79,10 +86,17 @@ def main() -> None:
         )
         save_screenshot(page, "app-generate")
 
+        page.get_by_role("button", name=f"Edit {names[1]}, seed 3").click()
+        page.get_by_role("img", name="The chosen image").wait_for()
+        fix_seed(page, 100)
+        page.get_by_role("button", name="Edit", exact=True).click()
+        page.get_by_role("link", name="edited.png").first.wait_for()
+        save_screenshot(page, "app-edit")
+
         page.get_by_role("tab", name="Compare").click()
-        page.get_by_label("Draw a new seed each time").locator("visible=true").uncheck()
-        page.get_by_role("button", name="Compare 5, 10, 20 and 40 steps").click()
-        page.get_by_text(re.compile("the same seeds")).wait_for()
+        fix_seed(page, 0)
+        page.get_by_role("button", name="Compare A and B").click()
+        page.get_by_text(re.compile("the same seeds, from")).wait_for()
         save_screenshot(page, "app-compare")
 
         page.get_by_role("tab", name="Classify").click()
@@ -90,13 +104,17 @@ def main() -> None:
         page.get_by_role("img", name="Errors of each class").wait_for()
         save_screenshot(page, "app-classify")
 
-        page = browser.new_page(viewport={"width": 390, "height": 844})
-        page.set_default_timeout(300_000)
-        page.goto(url)
+        page = open_page(browser, url, 390, 844)
+        fix_seed(page, 0)
         page.get_by_role("button", name="Generate").click()
         page.get_by_role("link", name="Download").first.wait_for()
-        page.get_by_role("button", name="Generate").evaluate("button => button.scrollIntoView()")
-        save_screenshot(page, "app-phone", scroll_up=False)
+        save_screenshot(page, "app-phone")
+
+        page = open_page(browser, url, 1280, 800, color_scheme="dark")
+        page.get_by_role("tab", name="Classify").click()
+        page.get_by_role("button", name="Example 7").click()
+        page.get_by_role("img", name="Errors of each class").wait_for()
+        save_screenshot(page, "app-dark")
     for path in sorted(OUT.glob("app-*.png")):
         print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
