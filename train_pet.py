@@ -202,7 +202,6 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     state.precision = accelerator.mixed_precision
     ema.to(accelerator.device)  # loading leaves it on the CPU
     log = TrainingLog(accelerator, args, state)
-    model_card = Path(__file__).with_name("model_card.md")
     return Training(
         accelerator=accelerator,
         transformer=transformer,
@@ -215,7 +214,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
         ema=ema,
         log=log,
         results=TrainingResults(
-            args, accelerator, state, log, ema, pipeline, model_card, train_set, held_out_set, teacher
+            args, accelerator, state, log, ema, pipeline, train_set, held_out_set, teacher
         ),
         lock=lock,
         description=description,

@@ -1,5 +1,7 @@
 """The bundled checkpoint: that the code still is the model which was trained."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from pet_pipeline import PetClassificationPipeline, PetDiffusionPipeline
 from pet_pipeline.evaluation.classifier import BUNDLED_CLASSIFIER
 from pet_pipeline.evaluation.images import class_accuracy, load_classifier
 from pet_pipeline.evaluation.metrics import validation_loss
+from pet_pipeline.publishing.papers import papers_of
 from pet_pipeline.training.data import ImageDataset
 from pet_pipeline.visualization import MARGIN
 
@@ -60,6 +63,20 @@ def test_it_draws_what_it_drew(bundled, samples):
     images = bundled(["cat", "dog"], generator=generators, output_type="pt").images
     expected = samples.images[[2, 10]].float() / 255
     assert (images - expected).abs().mean() < 0.02
+
+
+def test_its_cards_link_to_the_papers_that_it_uses(bundled):
+    for folder, pipeline, options in (
+        ("pretrained", bundled, {"learned_weighting": True, "lora_rank": None}),
+        (
+            "pretrained/fast",
+            PetDiffusionPipeline.from_pretrained("fast"),
+            {"learned_weighting": False, "lora_rank": 32},
+        ),
+    ):
+        card = (BUNDLED_CLASSIFIER.parent / folder / "README.md").read_text(encoding="utf-8")
+        links = re.findall(r"https://arxiv\.org/abs/([\d.]+)\)", card)
+        assert links == [paper.arxiv_id for paper in papers_of(pipeline, options)]
 
 
 def test_it_classifies_its_samples(bundled, samples):

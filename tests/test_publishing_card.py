@@ -2,22 +2,28 @@
 
 import json
 import re
+import shutil
+from importlib.metadata import Distribution, PackageNotFoundError
 
 import pytest
 import torch
 import yaml
+from conftest import random_model
 from huggingface_hub import ModelCard
+from setuptools import build_meta
 from support.loading import ROOT
 from support.publishing import RECORD, rendered
 from support.training_process import train
 
-from pet_pipeline.publishing.card import CARD_OPTIONS
+from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
+from pet_pipeline.publishing import card
+from pet_pipeline.publishing.card import CARD_OPTIONS, TEMPLATE, project_url
 from pet_pipeline.publishing.client import hub_id
 from pet_pipeline.publishing.push import push_folder
 
 
 def test_the_card_has_every_option_that_its_template_names():
-    template = (ROOT / "model_card.md").read_text(encoding="utf-8")
+    template = TEMPLATE.read_text(encoding="utf-8")
     assert set(re.findall(r"options\.(\w+)", template)) == set(CARD_OPTIONS)
 
 
@@ -71,6 +77,55 @@ def test_what_was_not_measured_is_absent(saved, pipeline):
     assert ModelCard(text).data.base_model == "user/cats" and "https://huggingface.co/user/cats" in text
 
 
+@pytest.mark.parametrize("url", [None, "https://example.org/pets"])
+def test_the_card_links_to_the_home_page_that_the_publisher_set(url, saved, pipeline, tmp_path, monkeypatch):
+    # The metadata are made from setup.cfg in which the placeholder has been filled in, or has not.
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "pet_pipeline").mkdir()
+    shutil.copy(ROOT / "pet_pipeline" / "__init__.py", tmp_path / "pet_pipeline")
+    if url is not None:
+        settings = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+        placeholder = "# url = https://…\n"
+        assert settings.count(placeholder) == 1
+        (tmp_path / "setup.cfg").write_text(settings.replace(placeholder, f"url = {url}\n"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    folder = build_meta.prepare_metadata_for_build_wheel(str(tmp_path))
+    monkeypatch.setattr(card, "metadata", lambda name: Distribution.at(tmp_path / folder).metadata)
+    assert project_url() == url
+    text = rendered(saved, pipeline, "uoft-cs/cifar10")
+    assert (f"`train_pet.py` of [pet_pipeline]({url})" in text) == (url is not None)
+    assert ("`train_pet.py` of pet_pipeline." in text) == (url is None)
+
+
+def test_a_card_is_written_where_the_package_is_not_installed(saved, pipeline, monkeypatch):
+    def metadata(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(card, "metadata", metadata)
+    assert "`train_pet.py` of pet_pipeline." in rendered(saved, pipeline, "uoft-cs/cifar10")
+
+
+def test_the_card_links_to_the_papers_whose_methods_are_used(saved, pipeline):
+    def papers(pipeline: PetDiffusionPipeline) -> set[str]:
+        return set(re.findall(r"https://arxiv\.org/abs/(\d{4}\.\d{5})\)", rendered(saved, pipeline, "pets")))
+
+    # EDM, linear attention, adaLN-zero, gated convolutions, learned weighting
+    always = {"2206.00364", "2006.16236", "2212.09748", "2311.17132", "2312.02696"}
+    hourglass, solver, guidance, classifier = "2401.11605", "2211.01095", "2207.12598", "2303.16203"
+    assert papers(pipeline) == always | {hourglass, solver, guidance, classifier}
+    guide = {"guide": random_model(1), "autoguidance_scale": 1.5, "pag_scale": 0.5, "guidance_scale": 1.0}
+    guided = PetDiffusionPipeline.from_pipe(pipeline, **guide)
+    assert papers(guided) == always | {hourglass, solver, "2406.02507", "2403.17377", classifier}
+    pipeline.scheduler = AdaptiveEDMScheduler(solver="consistency")
+    pipeline.register_to_config(guidance_scale=1.0)
+    assert papers(pipeline) == always | {hourglass, "2303.01469"}
+    flat = PetDiffusionPipeline(
+        random_model(num_classes=1, outer_layers=0), AdaptiveEDMScheduler(solver="heun"), guidance_scale=1.0
+    )
+    assert papers(flat) == always
+
+
 def test_an_evaluation_is_in_the_card_when_it_is_rendered_and_when_it_is_pushed(hub, saved, pipeline):
     (saved / "README.md").write_text(rendered(saved, pipeline, "uoft-cs/cifar10", validation_loss=0.3))
     (saved / "evaluation.json").write_text(json.dumps(RECORD))
@@ -87,7 +142,9 @@ def test_an_evaluation_is_in_the_card_when_it_is_rendered_and_when_it_is_pushed(
         assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "diffusers"
     assert 'from_pretrained("user/pets")' in pushed
     assert 'from_pretrained("model")' in (saved / "README.md").read_text()
-    assert texts[0].replace('"model"', '"user/pets"') == pushed
+    commit = hub.repositories["user/pets"].hashes[1]
+    pinned = texts[0].replace('"model", trust', f'"model", revision="{commit}", trust')
+    assert pinned.replace('"model"', '"user/pets"') == pushed
     (saved / "README.md").write_text(texts[0].replace("license: apache-2.0", "license: ["))
     with pytest.raises(ValueError, match="The metadata of .* are not valid"):
         push_folder(saved, "pets")

@@ -82,7 +82,9 @@ def test_names_that_are_not_of_the_folder_are_refused(hub, saved, outside, capsy
 
 
 @pytest.mark.parametrize(
-    "name", ["samples.png", "transformer/config.json", "transformer/extra.json", "transformer", "README.md"]
+    "name",
+    ["samples.png", "transformer/config.json", "transformer/extra.json", "transformer", "README.md"]
+    + ["notebook.ipynb"],
 )
 def test_links_that_leave_the_folder_are_refused(hub, saved, outside, capsys, name):
     path = saved / name

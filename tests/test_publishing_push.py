@@ -54,13 +54,29 @@ def test_training_publishes_a_private_pipeline_and_nothing_else(pushed_run):
     assert list(server.repositories) == ["user/pets"]
     repository = server.repositories["user/pets"]
     assert repository.private
-    assert repository.messages[1:] == ["Step 1", "End of the training, step 2"]
-    assert set(repository.files) == {*PIPELINE_FILES, "README.md", "samples.png", ".gitattributes"}
+    pin = "Pin the snippets to the commit of the code"
+    assert repository.messages[1:] == ["Step 1", pin, "End of the training, step 2", pin]
+    written = {"README.md", "notebook.ipynb", "samples.png"}
+    assert set(repository.files) == {*PIPELINE_FILES, *written, ".gitattributes"}
     assert {"checkpoint-1", "best", "logs", "metrics.jsonl"} <= {path.name for path in output_dir.iterdir()}
     for name in ("transformer/diffusion_pytorch_model.safetensors", "transformer/config.json"):
         assert repository.files[name] == (output_dir / name).read_bytes()
     with Image.open(output_dir / "samples.png") as grid:
         assert grid.size[0] > 8 * 16  # seeds 0 to 7
+
+
+def test_snippets_that_trust_code_name_its_commit(pushed_run):
+    server, output_dir = pushed_run
+    repository = server.repositories["user/pets"]
+    for index in (1, 3):
+        pushed, pinned = repository.commits[index], repository.commits[index + 1]
+        assert {name for name in pinned if pinned[name] != pushed[name]} == {"README.md", "notebook.ipynb"}
+        card, notebook = pinned["README.md"].decode(), pinned["notebook.ipynb"].decode()
+        snippet = f'"user/pets", revision="{repository.hashes[index]}", trust_remote_code=True'
+        assert card.count("trust_remote_code=True") == card.count(snippet) == 1
+        assert notebook.count("trust_remote_code=True") == notebook.count(json.dumps(snippet)[1:-1]) == 2
+        assert 'from_pretrained("user/pets")' in card  # the snippet with the package, which needs no trust
+    assert "revision=" not in (output_dir / "README.md").read_text()
 
 
 def test_the_token_is_written_nowhere(pushed_run):
@@ -140,7 +156,7 @@ def test_a_failed_push_neither_stops_a_training_nor_loses_anything(hub, image_fo
     assert PetDiffusionPipeline.from_pretrained(output_dir).id2label == {0: "cat", 1: "dog"}
     hub.faults.clear()
     assert main(["push", str(output_dir), "user/pets", "--message", "Later"]) == 0
-    assert hub.repositories["user/pets"].messages[-1] == "Later"
+    assert hub.repositories["user/pets"].messages[1] == "Later"
     output = capfd.readouterr()
     assert f"{hub.url}/user/pets/commit/" in output.out
     assert TOKEN not in output.out + output.err + message

@@ -12,7 +12,8 @@ def add_parser(commands: Any) -> None:
         "push",
         help="publish a model on the Hugging Face Hub",
         description="Publishes a saved pipeline in one commit: its code, configurations and weights, and its "
-        "README.md, samples and evaluation if the folder has them. Other files in the folder stay at home.",
+        "README.md, notebook, samples and evaluation if the folder has them. Other files in the folder stay "
+        "at home. A second commit writes the hash of the first into the snippets that trust the code.",
         formatter_class=HelpFormatter,
     )
     parser.add_argument("folder", metavar="PATH", help="folder of a saved pipeline")

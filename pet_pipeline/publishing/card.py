@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from .. import __version__
 from ..training.data import UNLABELLED
 from .card_evaluation import TASK, add_evaluation, eval_result, read_evaluation
 from .client import hub_id
+from .papers import papers_of
 
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ CARD_OPTIONS = (
     "seed",
 )
 CIFAR10_IDS = ("uoft-cs/cifar10", "cifar10")
+TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
 @dataclass
@@ -64,9 +66,25 @@ class TrainingReport:
     validation_loss: float | None = None  # of exactly the saved weights; see `TrainingResults.validate`
 
 
-def render_model_card(
-    folder: str | Path, template: str | Path, pipeline: "PetDiffusionPipeline", report: TrainingReport
-) -> str:
+def project_url() -> str | None:
+    """Returns the home page of this project, or `None` if setup.cfg names none or nothing is installed."""
+    try:
+        pages = metadata("pet-pipeline").get_all("Home-page")
+    except PackageNotFoundError:  # a clone that runs without being installed
+        return None
+    return pages[0] if pages else None
+
+
+def card_title(pipeline: "PetDiffusionPipeline") -> str:
+    """Returns what a pipeline draws, as a heading: `"Images of cat and dog, 32×32"`."""
+    names, size = pipeline.class_names, pipeline.transformer.config.sample_size
+    listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    subject = f" of {listed}" if len(names) <= 4 else f" of {len(names)} classes"
+    subject = "" if names == [UNLABELLED] else subject
+    return f"Images{subject}, {size}×{size}"
+
+
+def render_model_card(folder: str | Path, pipeline: "PetDiffusionPipeline", report: TrainingReport) -> str:
     """Returns the model card of a trained pipeline. The card has no sections for what was not measured.
 
     The card shows `samples.png` and `evaluation.json` if the folder of the saved pipeline has them. The
@@ -74,11 +92,7 @@ def render_model_card(
     """
     folder = Path(folder)
     config = pipeline.transformer.config
-    names = pipeline.class_names
-    listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    subject = f" of {listed}" if len(names) <= 4 else f" of {len(names)} classes"
-    subject = "" if names == [UNLABELLED] else subject
-    title = f"Images{subject}, {config.sample_size}×{config.sample_size}"
+    names, title = pipeline.class_names, card_title(pipeline)
     dataset_id, base_model = hub_id(report.dataset_name), hub_id(report.base_model)
     is_unconditional = len(names) == 1
     is_tuned = report.options["objective"] == "consistency"
@@ -99,7 +113,7 @@ def render_model_card(
     )
     card = ModelCard.from_template(
         card_data,
-        template_path=str(template),
+        template_path=str(TEMPLATE),
         title=title,
         model_id=folder.resolve().name,
         class_names=names,
@@ -114,6 +128,8 @@ def render_model_card(
         is_unconditional=is_unconditional,
         num_steps=pipeline.config.num_inference_steps,
         report=report,
+        project_url=project_url(),
+        papers=papers_of(pipeline, report.options),
         options={name: report.options[name] for name in CARD_OPTIONS},
         versions={
             "pet_pipeline": __version__,

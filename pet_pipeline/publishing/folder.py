@@ -23,6 +23,7 @@ OPTIONAL_FILES = (
     "pipeline_pet_loading.py",
     "guidance_pet.py",
     "README.md",
+    "notebook.ipynb",
     "samples.png",
     "evaluation.json",
 )

@@ -1,7 +1,7 @@
 """Pushes a saved pipeline to the Hugging Face Hub.
 
-A push contains the index, the code, the configurations, the weights as safetensors, the card and the samples
-of a pipeline. The state of a training, local paths and the token are never part of it.
+A push contains the index, the code, the configurations, the weights as safetensors, the card, the notebook
+and the samples of a pipeline. The state of a training, local paths and the token are never part of it.
 """
 
 import os
@@ -19,6 +19,8 @@ from .folder import path_inside, published_files, read_json, read_text, write_js
 
 # The files that `pet-pipeline evaluate` writes.
 EVALUATION_FILES = ("evaluation.json", "generated.png", "neighbors.png")
+# The files whose snippets load the pipeline.
+SNIPPET_FILES = ("README.md", "notebook.ipynb")
 
 
 def push_folder(
@@ -31,9 +33,11 @@ def push_folder(
     """Publishes a saved pipeline in one commit, and returns the commit's address.
 
     The same commit removes files of components and evaluations from the repository if an earlier push left
-    them there and the folder no longer has them. The folder itself is only read. A new repository is created
-    after everything has been read and checked, so that a refused push does not leave an empty one. See
-    [`create_repository`] for `repo_id`, `private` and `token`.
+    them there and the folder no longer has them. A second commit writes the hash of the first one into the
+    snippets of the card and of the notebook that run the code of the repository, so that they run no later
+    code. The folder itself is only read. A new repository is created after everything has been read and
+    checked, so that a refused push does not leave an empty one. See [`create_repository`] for `repo_id`,
+    `private` and `token`.
 
     Raises:
         ValueError: if the folder is not a complete pipeline of safetensors, if its card or its evaluation is
@@ -47,8 +51,9 @@ def push_folder(
     files, api = published_files(folder), hub_client(token)
     with readable_errors(repo_id, api):
         repo_id = full_repo_id(repo_id, api)
+    contents = {name: published_content(folder, name, repo_id) for name in files}
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationAdd(name, published_content(folder, name, repo_id)) for name in files
+        CommitOperationAdd(name, content) for name, content in contents.items()
     ]
     if "README.md" in files:
         with readable_errors(repo_id, api):
@@ -61,18 +66,36 @@ def push_folder(
             operations.append(CommitOperationDelete(name, is_folder=False))
     with readable_errors(repo_id, api):
         # `upload_folder` may make several commits, between which the repository would not load.
-        return api.create_commit(repo_id, operations, commit_message=commit_message).commit_url
+        commit = api.create_commit(repo_id, operations, commit_message=commit_message)
+        pinned = [
+            CommitOperationAdd(name, pin_snippets(contents[name], repo_id, commit.oid))
+            for name in SNIPPET_FILES
+            if name in files
+        ]
+        if pinned:
+            api.create_commit(repo_id, pinned, commit_message="Pin the snippets to the commit of the code")
+    return commit.commit_url
+
+
+def pin_snippets(content: Path | bytes, repo_id: str, revision: str) -> bytes:
+    """Adds the hash of a commit to each snippet in a card or a notebook that trusts the code of `repo_id`."""
+    assert isinstance(content, bytes)
+    call = r"from_pretrained\((\\?\")" + re.escape(repo_id) + r"\1, (?=trust_remote_code=True)"
+    return re.sub(call, rf"\g<0>revision=\g<1>{revision}\g<1>, ", content.decode()).encode()
 
 
 def published_content(folder: Path, name: str, repo_id: str) -> Path | bytes:
     """Returns the bytes to publish for a name of [`published_files`], or the path of a file of weights.
 
-    Local paths are removed from JSON files, and the card is given the id of its repository. The other files
-    are read here, so that exactly what was checked is published, whatever happens to the folder afterwards.
+    Local paths are removed from JSON files, and the snippets of the card and of the notebook are given the id
+    of their repository. The other files are read here, so that exactly what was checked is published,
+    whatever happens to the folder afterwards.
     """
     path = path_inside(folder, name)
     if name == "README.md":
         return published_card(folder, repo_id).encode()
+    if name == "notebook.ipynb":
+        return name_repository(read_text(path), repo_id).encode()
     if name == "evaluation.json":
         record = read_evaluation(path)
         reference = hub_id(record["settings"].get("reference")) or "local data set"
@@ -92,9 +115,7 @@ def published_content(folder: Path, name: str, repo_id: str) -> Path | bytes:
 def published_card(folder: Path, repo_id: str) -> str:
     """Returns the card of a folder with the id of its repository and with the folder's evaluation, if any."""
     path, evaluation = path_inside(folder, "README.md"), path_inside(folder, "evaluation.json")
-    text = read_text(path)
-    # A card loads its own folder by a name without a slash. The ids of other repositories have a slash.
-    text = re.sub(r"from_pretrained\(\"[^\"/]+\"", f'from_pretrained("{repo_id}"', text)
+    text = name_repository(read_text(path), repo_id)
     record = read_evaluation(evaluation) if evaluation.is_file() else None
     try:
         card = ModelCard(text)
@@ -105,3 +126,11 @@ def published_card(folder: Path, repo_id: str) -> str:
     except Exception as error:  # the parser of YAML and the types of the metadata raise many kinds
         message = textwrap.shorten(str(error), 300)
         raise ValueError(f"The metadata of {str(path)!r} are not valid: {message}") from None
+
+
+def name_repository(text: str, repo_id: str) -> str:
+    """Lets the snippets of a card or a notebook, in which quotes are escaped, load a repository of the Hub.
+
+    A snippet loads its own folder by a name without a slash. The ids of other repositories have a slash.
+    """
+    return re.sub(r"(from_pretrained\((\\?\"))[^\"/\\]+\2", rf"\g<1>{repo_id}\g<2>", text)

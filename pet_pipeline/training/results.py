@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from ..evaluation.metrics import validation_loss
 from ..pipeline_pet_diffusion import PetDiffusionPipeline
 from ..publishing.card import TrainingReport, render_model_card
+from ..publishing.notebook import render_notebook
 from ..publishing.push import EVALUATION_FILES
 from ..visualization import denoising_strip, loss_curves, sample_grid, step_comparison
 from .checkpointing import TrainingState, save_pipeline
@@ -31,7 +32,6 @@ class TrainingResults:
     log: TrainingLog
     ema: EMAModel
     pipeline: PetDiffusionPipeline  # the averaged weights are copied into it
-    model_card: Path  # the template
     train_set: ImageDataset
     held_out_set: ImageDataset
     teacher: ConsistencyTeacher | None = None
@@ -100,7 +100,7 @@ class TrainingResults:
         self.log.write_picture("denoising", strip, f"denoising-{step:06}.png")
 
     def save(self) -> None:
-        """Saves the pipeline of the averaged weights with samples and its model card."""
+        """Saves the pipeline of the averaged weights with samples, its model card and its notebook."""
         if not self.accelerator.is_main_process:
             return
         pipeline = self.update_pipeline()
@@ -124,8 +124,10 @@ class TrainingResults:
             base_model=self.args.pretrained_model_name_or_path,
             validation_loss=self.validation_losses.get(self.state.step),
         )
-        card = render_model_card(self.output_dir, self.model_card, pipeline, report)
+        card = render_model_card(self.output_dir, pipeline, report)
         (self.output_dir / "README.md").write_text(card, encoding="utf-8")
+        notebook = render_notebook(self.output_dir.resolve().name, pipeline)
+        (self.output_dir / "notebook.ipynb").write_text(notebook, encoding="utf-8")
 
     def finish(self) -> None:
         """Measures the last weights, draws the last pictures, and saves the pipeline."""

@@ -29,8 +29,13 @@ class Repository:
         return self.commits[-1]
 
     @property
-    def sha(self) -> str:
-        return hashlib.sha1(f"commit {len(self.commits)}".encode()).hexdigest()
+    def hashes(self) -> list[str]:
+        return [hashlib.sha1(f"commit {index}".encode()).hexdigest() for index in range(len(self.commits))]
+
+    def at(self, revision: str) -> tuple[str, dict[str, bytes]]:
+        """The hash and the files of a commit, or of the branch `main`."""
+        index = -1 if revision == "main" else self.hashes.index(revision)
+        return self.hashes[index], self.commits[index]
 
 
 def is_lfs(path: str) -> bool:
@@ -120,15 +125,16 @@ class Handler(BaseHTTPRequestHandler):
             status = 404 if authorization else 401
             return self.refuse(status, "Repository not found", X_Error_Code="RepoNotFound")
         if action == ["resolve"]:
-            return self.resolve(repository, "/".join(rest[1:]))
+            return self.resolve(*repository.at(rest[0]), "/".join(rest[1:]))
         if action == ["tree"]:
-            return self.tree(repository)
+            return self.tree(repository.at(rest[0])[1])
         if action in ([], ["revision"]):
-            siblings = [{"rfilename": name} for name in repository.files]
+            sha, files = repository.at(rest[0] if rest else "main")
+            siblings = [{"rfilename": name} for name in files]
             about = {
                 "id": repo_id.removeprefix("spaces/"),
                 "private": repository.private,
-                "sha": repository.sha,
+                "sha": sha,
                 "siblings": siblings,
             }
             return self.respond(about)
@@ -206,23 +212,24 @@ class Handler(BaseHTTPRequestHandler):
                 del files[name]
         repository.commits.append(files)
         repository.messages.append(lines[0]["value"]["summary"])
-        url = f"{self.server.url}/{repo_id}/commit/{repository.sha}"
-        self.respond({"commitUrl": url, "commitOid": repository.sha, "success": True})
+        sha = repository.hashes[-1]
+        url = f"{self.server.url}/{repo_id}/commit/{sha}"
+        self.respond({"commitUrl": url, "commitOid": sha, "success": True})
 
-    def tree(self, repository: Repository) -> None:
+    def tree(self, files: dict[str, bytes]) -> None:
         entries = []
-        for name, content in repository.files.items():
+        for name, content in files.items():
             entry = {"type": "file", "path": name, "size": len(content), "oid": object_id(name, content)}
             if is_lfs(name):
                 entry["lfs"] = {"oid": object_id(name, content), "size": len(content), "pointerSize": 130}
             entries.append(entry)
         self.respond(entries)
 
-    def resolve(self, repository: Repository, name: str) -> None:
-        content = repository.files.get(name)
+    def resolve(self, sha: str, files: dict[str, bytes], name: str) -> None:
+        content = files.get(name)
         if content is None:
             return self.refuse(404, "Entry not found", X_Error_Code="EntryNotFound")
-        headers = {"ETag": f'"{object_id(name, content)}"', "X-Repo-Commit": repository.sha}
+        headers = {"ETag": f'"{object_id(name, content)}"', "X-Repo-Commit": sha}
         if is_lfs(name):
             headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(content))}
         return self.respond(content, **headers)

@@ -7,7 +7,6 @@ from pathlib import Path
 import train_pet
 from pet_pipeline import PetDiffusionPipeline
 from pet_pipeline.publishing.card import TrainingReport, render_model_card
-from support.loading import ROOT
 
 
 RECORD = {
@@ -53,7 +52,7 @@ def rendered(folder: Path, pipeline: PetDiffusionPipeline, dataset_name: str, **
     values |= {"num_steps": 3616, "num_images_seen": 231424, "seconds": 4200.0}
     values |= {"device": "1 × cpu (2 threads)", "precision": "bf16"}
     values |= {"dataset_name": dataset_name, "options": options, **report}
-    text = render_model_card(folder, ROOT / "model_card.md", pipeline, TrainingReport(**values))
+    text = render_model_card(folder, pipeline, TrainingReport(**values))
     assert not re.search(r"\{\{|\}\}|\{%|%\}|\n\n\n|None|Undefined|N/A|TODO", text)
     assert text.endswith("\n") and not text.endswith("\n\n")
     return text
