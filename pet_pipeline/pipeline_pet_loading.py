@@ -196,6 +196,9 @@ class PetPipelineMixin(PipelineBase):
             library, class_name = index.get(name, (None, None))
             if library is not None and library.partition(".")[0] != "diffusers":
                 index[name] = [copy_source(library, folder / name), class_name]
+        if getattr(self.transformer, "_auto_class", None) is not None:
+            # `AutoModel.from_pretrained(folder, subfolder="transformer")` looks here first.
+            index["auto_map"] = {self.transformer._auto_class: ".".join(index["transformer"])}
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     @classmethod
@@ -242,6 +245,12 @@ class PetPipelineMixin(PipelineBase):
             checks = importlib.import_module(f"{package}.component_checks")
             checks.check_components(config, Path(pretrained_model_name_or_path))
         return loaded
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Leaves out what the index holds for `AutoModel`; see [`ConfigMixin.extract_init_dict`]."""
+        own = {name: value for name, value in config_dict.items() if name != "auto_map"}
+        return super().extract_init_dict(own, **kwargs)
 
     @property
     def class_names(self) -> list[str]:

@@ -294,7 +294,7 @@ def check_config(config: FrozenDict) -> None:
         and all(type(value) in (int, float) and 0 <= value <= 1e6 for value in variances)
     ):
         raise ValueError(
-            f"`frequency_variances` must be {num_frequencies} numbers in [0, 1e6], one for each patch value."
+            f"`frequency_variances` must be {num_frequencies} numbers in [0, 1e6], one a frequency."
         )
 
 
@@ -339,6 +339,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _no_split_modules = ["PetTransformerBlock", "PetDecoder"]
     _repeated_blocks = ["PetTransformerBlock"]
     _skip_layerwise_casting_patterns = ["patch_embed", "norm", "class_embedding"]
+    _auto_class = "AutoModel"  # the class of diffusers that loads a saved model with its source file
 
     @register_to_config
     def __init__(
@@ -431,6 +432,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         config = super()._dict_from_json_file(json_file)
         if not isinstance(config, dict):  # a string would be taken for a repository to ask for another one
             raise ValueError(f"{str(json_file)!r} must hold a JSON object.")
+        config.pop("auto_map", None)  # for `AutoModel`; written anew when the model is saved
         for name, value in REMOVED.items():
             if config.pop(name, value) != value:
                 raise ValueError(

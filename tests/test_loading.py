@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import diffusers
 import pytest
 import torch
 from conftest import random_model
-from diffusers import DDPMScheduler, EDMEulerScheduler, SchedulerMixin
+from diffusers import AutoModel, DDPMScheduler, EDMEulerScheduler, SchedulerMixin
 from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.utils import logging
 from safetensors.torch import save_file
 from support.loading import DRAW, GENERIC, INSTALLED, ROOT, image_sum
 
@@ -71,6 +73,14 @@ def test_a_saved_folder_has_weights_code_and_json_only(saved):
     index = json.loads((saved / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline_pet_diffusion", "PetDiffusionPipeline"]
     assert index["transformer"] == ["transformer_pet", "PetTransformer2DModel"]
+    assert index["auto_map"] == {"AutoModel": "transformer_pet.PetTransformer2DModel"}
+
+
+def test_readme_lists_the_files_that_travel(pipeline, tmp_path):
+    probed = PetDiffusionPipeline.from_pipe(pipeline, probe=PetLinearProbe(2, 16))
+    probed.save_pretrained(tmp_path)
+    files = re.findall(r"^  (\w+\.py) ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(files[:7]) == sorted(path.name for path in tmp_path.rglob("*.py"))
 
 
 def test_without_the_package(saved_again, pipeline, tmp_path):
@@ -79,6 +89,7 @@ def test_without_the_package(saved_again, pipeline, tmp_path):
     assert first.startswith("diffusers_modules.") and "pet_pipeline" not in first
     second = run(GENERIC.format(str(folder)) + DRAW, tmp_path, with_package=False)
     assert second.returncode == 0, second.stderr
+    assert "auto_map" not in second.stderr
     for output in (first, second.stdout):
         assert float(output.split()[-1]) == pytest.approx(image_sum(pipeline), rel=1e-5)
 
@@ -114,6 +125,44 @@ pipe.save_pretrained({!r})
         )
     result = run(GENERIC.format(str(tmp_path / "third")) + "print(type(pipe).__name__)", tmp_path, False)
     assert result.stdout.split() == ["PetClassificationPipeline"], result.stderr
+
+
+def test_auto_model_loads_the_denoiser_without_the_package(saved, model, tmp_path):
+    # From the index of the pipeline, as on the Hub, and from the folder of the component.
+    code = """
+from diffusers import AutoModel
+import torch
+for folder, options in (({0!r}, dict(subfolder="transformer")), ({0!r} + "/transformer", {{}})):
+    model = AutoModel.from_pretrained(folder, **options, trust_remote_code=True)
+    inputs = torch.linspace(-1, 1, 192).view(1, 3, 8, 8), torch.zeros(1), torch.ones(1, dtype=torch.long)
+    with torch.no_grad():
+        print(type(model).__module__, type(model).__name__, model(*inputs).sample.double().sum().item())
+model.save_pretrained("again")
+"""
+    result = run(code.format(str(saved)), tmp_path, with_package=False)
+    assert result.returncode == 0, result.stderr
+    assert "auto_map" not in result.stderr
+    with torch.no_grad():
+        expected = model(torch.linspace(-1, 1, 192).view(1, 3, 8, 8), torch.zeros(1), torch.ones(1).long())
+    for line in result.stdout.splitlines():
+        module, name, total = line.split()
+        assert module == "diffusers_modules.local.transformer_pet" and name == "PetTransformer2DModel"
+        assert float(total) == pytest.approx(expected.sample.double().sum().item(), rel=1e-5)
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["auto_map"] == {"AutoModel": "transformer_pet.PetTransformer2DModel"}
+
+
+def test_auto_model_asks_for_trust(saved):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModel.from_pretrained(saved, subfolder="transformer")
+
+
+def test_the_entry_for_auto_model_gives_no_warning(saved, caplog):
+    logging.enable_propagation()
+    for pipeline_class in (PetDiffusionPipeline, PetClassificationPipeline):
+        pipeline_class.from_pretrained(saved)
+    logging.disable_propagation()
+    assert not [record for record in caplog.records if "auto_map" in record.getMessage()]
 
 
 def test_with_the_package_no_code_of_the_checkpoint_runs(saved, pipeline, tmp_path):

@@ -89,7 +89,13 @@ def test_a_pushed_notebook_runs_without_the_package(hub, saved, pipeline, tmp_pa
         if name.endswith(".py"):
             repository.files[name] = b"raise SystemExit('code of a later commit was run')\n"
     without = "import sys\nsys.modules['pet_pipeline'] = None\n"
-    end = "\ngrid(images).save('grid.png')\nprint(type(classify).__module__, classify(images[0]).labels)\n"
+    end = f"""
+from diffusers import AutoModel
+grid(images).save("grid.png")
+print(type(classify).__module__, classify(images[0]).labels)
+options = dict(revision={repository.hashes[1]!r}, trust_remote_code=True)
+print(type(AutoModel.from_pretrained("user/pets", subfolder="transformer", **options)).__name__)
+"""
     result = subprocess.run(
         [sys.executable, "-c", without + code + end],
         cwd=tmp_path,
@@ -108,5 +114,6 @@ def test_a_pushed_notebook_runs_without_the_package(hub, saved, pipeline, tmp_pa
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("diffusers_modules.") and re.search(r"\['(cat|dog)'\]", result.stdout)
+    assert result.stdout.split()[-1] == "PetTransformer2DModel"
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (512, 256)
