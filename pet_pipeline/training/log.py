@@ -54,6 +54,10 @@ class TrainingLog:
                 tracker.log_images({name: np.asarray(image)[None]}, step=self.state.step, dataformats="NHWC")
             elif tracker.name == "wandb":
                 tracker.log_images({name: [image]}, step=self.state.step)
+            elif tracker.name == "trackio":  # its tracker of Accelerate takes values only
+                import trackio
+
+                tracker.log({name: trackio.Image(image)}, step=self.state.step)
 
     def add(self, losses: BalancedAdaptiveLossOutput) -> None:
         """Adds the losses of a micro-step to the running means."""

@@ -308,7 +308,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="number of checkpoints that are kept",
     )
     add("--resume_from_checkpoint", help="checkpoint to continue from: `latest`, a name or a path")
-    add("--report_to", help="tracker: tensorboard, wandb or trackio (trackio without pictures)")
+    add("--report_to", help="tracker: tensorboard, wandb or trackio")
     add("--logging_dir", default="logs", help="folder of the tracker inside the output folder")
     add("--tracker_project_name", default="train_pet", help="name of the project in the tracker")
 
