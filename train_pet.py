@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["pet-pipeline[train]==0.2.*"]
+# ///
 """Trains a class-conditional diffusion model on small images and saves it as a pipeline folder.
 
     accelerate launch train_pet.py --dataset_name uoft-cs/cifar10 --classes cat dog --output_dir out \\
