@@ -13,6 +13,7 @@ import httpx
 import pytest
 from huggingface_hub import ModelCard
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from support.hub_server import TOKEN
 from support.loading import ROOT
 
@@ -140,8 +141,18 @@ def test_the_card_of_a_space(hub, saved):
     options.read(ROOT / "setup.cfg")
     gradio, *others = options["options.extras_require"]["app"].split()
     assert Requirement(gradio).specifier.contains(GRADIO_VERSION)
-    assert set(space_requirements().split()) == {*options["options"]["install_requires"].split(), *others}
-    assert data["python_version"] in options["options"]["python_requires"]
+    needed = [Requirement(text) for text in (*options["options"]["install_requires"].split(), *others)]
+    given = {requirement.name: requirement for requirement in map(Requirement, space_requirements().split())}
+    assert list(given) == [requirement.name for requirement in needed]
+    for requirement in needed:  # PyTorch is pinned to what ZeroGPU has
+        if requirement.name in ("torch", "torchvision"):
+            (pin,) = given[requirement.name].specifier
+            assert pin.operator == "==" and requirement.specifier.contains(pin.version)
+        else:
+            assert given[requirement.name] == requirement
+    assert "torch==2.11.0" in space_requirements().split()
+    assert data["python_version"] == "3.12.12" and data["suggested_hardware"] == "zero-a10g"
+    assert SpecifierSet(options["options"]["python_requires"]).contains(data["python_version"])
     for pattern in options["options.package_data"]["pet_pipeline"].split():
         if not pattern.startswith(("py.typed", "pretrained", "publishing")):  # the model comes from the Hub
             files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pet_pipeline").glob(pattern)}

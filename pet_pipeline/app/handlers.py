@@ -42,6 +42,7 @@ from .tasks import (
     stream,
     with_saved_values,
 )
+from .zero_gpu import lend_gpu
 
 
 if TYPE_CHECKING:
@@ -162,7 +163,9 @@ class Handlers:
         self.classifier.set_progress_bar_config(disable=True)
         self.refusal = refusal_to_classify(self.classifier)
         self.actions = ("edit",) if self.refusal else ("edit", "classify")
-        self.examples = example_images(pipeline, reference)
+        self.examples = lend_gpu(partial(example_images, pipeline, reference))()
+        for handler in (self.generate, self.edit, self.compare_two, self.compare_steps, self.explain):
+            setattr(self, handler.__name__, lend_gpu(handler))
         # The figure depends on the settings alone, and drawing it takes almost half a second.
         self.guidance_html = lru_cache(MAX_GUIDANCE_FIGURES)(self.plot_guidance)
 

@@ -1,5 +1,6 @@
 """Publishes a Space, which is a web page on the Hugging Face Hub, for a model."""
 
+import re
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -9,7 +10,23 @@ from .client import create_repository, full_repo_id, hub_client, readable_errors
 
 
 GRADIO_VERSION = "6.31.0"
+# Versions that ZeroGPU has, which lends a GPU to a Space for the time of a call.
+PYTHON_VERSION = "3.12.12"
+TORCH_VERSIONS = {"torch": "2.11.0", "torchvision": "0.26.0"}
 SOURCE_SUFFIXES = (".py", ".css")
+APP = """# The web page of a model; see README.md.
+import sys
+from contextlib import suppress
+
+
+with suppress(ImportError):
+    import spaces  # noqa: F401, lends GPUs on ZeroGPU, and must come before PyTorch
+
+from pet_pipeline.__main__ import main
+
+
+sys.exit(main(["app", "--model", "{model_id}", "--host", "0.0.0.0"]))
+"""
 
 
 def push_space(model_id: str, token: str | None = None, commit_message: str = "Upload the page") -> str:
@@ -43,17 +60,13 @@ def space_files(model_id: str, private: bool = False) -> dict[str, bytes]:
     The Space runs the uploaded source, which is the version of the package that published it. The card of a
     private model explains which token the Space needs.
     """
-    app = (
-        '"""The web page of a model; see README.md."""\n\nimport sys\n\n'
-        "from pet_pipeline.__main__ import main\n\n\n"
-        f'sys.exit(main(["app", "--model", "{model_id}", "--host", "0.0.0.0"]))\n'
-    )
     name = model_id.rpartition("/")[2]
     metadata = SpaceCardData(
         title=name,
         sdk="gradio",
         sdk_version=GRADIO_VERSION,
-        python_version="3.11",
+        python_version=PYTHON_VERSION,
+        suggested_hardware="zero-a10g",
         app_file="app.py",
         license="apache-2.0",
         models=[model_id],
@@ -69,7 +82,11 @@ def space_files(model_id: str, private: bool = False) -> dict[str, bytes]:
             "\nThe model is private. The settings of this Space therefore need a secret `HF_TOKEN` with a "
             "token that may read the model.\n"
         )
-    files = {"app.py": app, "requirements.txt": space_requirements(), "README.md": card}
+    files = {
+        "app.py": APP.format(model_id=model_id),
+        "requirements.txt": space_requirements(),
+        "README.md": card,
+    }
     package = Path(__file__).parent.parent
     sources = [path for path in sorted(package.rglob("*")) if path.suffix in SOURCE_SUFFIXES]
     return {name: text.encode() for name, text in files.items()} | {
@@ -78,5 +95,13 @@ def space_files(model_id: str, private: bool = False) -> dict[str, bytes]:
 
 
 def space_requirements() -> str:
-    """Returns the requirements of this package without its extras. The Hub itself installs Gradio."""
-    return "".join(f"{text}\n" for text in requires("pet-pipeline") or [] if "extra ==" not in text)
+    """Returns the requirements of this package without its extras, with the PyTorch of ZeroGPU.
+
+    The Hub itself installs Gradio.
+    """
+    texts = [text for text in requires("pet-pipeline") or [] if "extra ==" not in text]
+    names = [re.split(r"[^\w-]", text)[0] for text in texts]
+    return "".join(
+        f"{name}=={TORCH_VERSIONS[name]}\n" if name in TORCH_VERSIONS else f"{text}\n"
+        for name, text in zip(names, texts)
+    )
