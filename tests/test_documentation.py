@@ -38,6 +38,7 @@ DOCUMENTS = {
     "docs/training.md": [
         "out/metrics.jsonl",
         "traffic/evaluation.json",
+        "photographs/evaluation.json",
         "mine/model_index.json",
         "quick/lora/pytorch_lora_weights.safetensors",
     ],
@@ -139,7 +140,8 @@ def small_measurements(workspace, monkeypatch):
 
 def smaller(words: list[str]) -> list[str]:
     """Returns the same command for a data set and for lengths that take no time."""
-    names = {"uoft-cs/cifar10": "data", "my-photos": "data", "pet_pipeline/pretrained": "saved"}
+    names = {name: "data" for name in ("uoft-cs/cifar10", "huggan/AFHQ", "my-photos")}
+    names["pet_pipeline/pretrained"] = "saved"
     if words[1] == "export":
         names["fast"] = "saved"
     words = [names.get(word, word) for word in words]

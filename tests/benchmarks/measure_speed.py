@@ -2,6 +2,7 @@
 
     python tests/benchmarks/measure_speed.py attention     # linear against softmax attention, by tokens
     python tests/benchmarks/measure_speed.py presets       # all presets, eager and compiled
+    python tests/benchmarks/measure_speed.py sizes         # `small` by the size of its images
     python tests/benchmarks/measure_speed.py baselines     # `small`, now and before, and two baselines
     python tests/benchmarks/measure_speed.py optimizer     # Muon, ours against PyTorch's
     python tests/benchmarks/measure_speed.py sampling      # the bundled model by kind of guidance
@@ -139,6 +140,21 @@ def measure_presets() -> None:
             print(f"| `{preset}` | {size} | {mode} | {batch / step:.1f} | {batch / sample:.1f} |", flush=True)
 
 
+def measure_sizes() -> None:
+    print("| pixels | batch | training step, images/s | cost of an image |\n|---|---|---|---|")
+    rates = {}
+    for size, batch in ((32, 64), (64, 16), (128, 4)):
+        model = PetTransformer2DModel.from_preset("small", sample_size=size)
+        inputs = torch.randn(batch, 3, size, size), torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
+
+        def backward(model=model, inputs=inputs) -> None:
+            model(*inputs, return_dict=False)[0].square().mean().backward()
+
+        rates[size] = batch / best_seconds(backward)
+        cost = rates[32] / rates[size]
+        print(f"| {size}×{size} | {batch} | {rates[size]:.1f} | {cost:.2f} |", flush=True)
+
+
 def measure_baselines() -> None:
     images = torch.randn(64, 3, 32, 32), torch.zeros(64), torch.zeros(64, dtype=torch.long)
     print("| model | parameters | GFLOP | training step, images/s | evaluations | seconds per image |")
@@ -226,6 +242,7 @@ def main() -> None:
     measurements = {
         "attention": measure_attention,
         "presets": measure_presets,
+        "sizes": measure_sizes,
         "baselines": measure_baselines,
         "optimizer": measure_optimizer,
         "sampling": measure_sampling,

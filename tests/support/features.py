@@ -5,7 +5,7 @@ from torch import nn
 
 
 class Pixels(nn.Module):
-    """Features that are the means of 2×2 blocks."""
+    """Features that are the means of 4×4 parts of the image."""
 
     name = "Pixels"
     num_features = 48
@@ -15,4 +15,4 @@ class Pixels(nn.Module):
         self.placeholder = nn.Parameter(torch.zeros(()))
 
     def forward(self, images):
-        return nn.functional.avg_pool2d(images.float() / 255, 2).flatten(1)
+        return nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
