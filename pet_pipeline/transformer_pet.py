@@ -294,7 +294,7 @@ def check_config(config: FrozenDict) -> None:
         and all(type(value) in (int, float) and 0 <= value <= 1e6 for value in variances)
     ):
         raise ValueError(
-            f"`frequency_variances` must be {num_frequencies} numbers in [0, 1e6], one a frequency."
+            f"`frequency_variances` must be {num_frequencies} numbers in [0, 1e6], one for each patch value."
         )
 
 
