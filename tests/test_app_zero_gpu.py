@@ -67,11 +67,11 @@ def test_the_model_runs_only_while_a_gpu_is_lent(pipeline, lent):
     settings[[name for name, _ in values].index("steps")] = 2
     request = [["cat"], 1, 0, False]
     *_, last = handlers.generate(*request, *settings)
-    assert "1 images" in last[0]
+    assert last[0].startswith("1 image in")
     *_, last = handlers.compare_two(*request, *settings, *settings)
     assert "All use the same seeds" in last[0]
     *_, last = handlers.explain(Image.new("RGB", (8, 8), "red"), 2, 0)
-    assert set(last[1]) == {"cat", "dog"}
+    assert last[0].partition(":")[0] in {"cat", "dog"}
     assert set(seen) == {1} and not lent
 
 
