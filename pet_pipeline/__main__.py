@@ -9,7 +9,7 @@ from .commands import app, calibrate, classify, edit, evaluate, export, generate
 # The extra of the package that installs a module which may be missing.
 EXTRAS = {
     "datasets": "train",
-    "torchmetrics": "eval",
+    "torch_fidelity": "eval",
     "gradio": "app",
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
 }

@@ -106,6 +106,14 @@ def test_kernel_distance_is_unbiased_and_repeatable():
     torch.testing.assert_close(torch.random.get_rng_state(), state)
 
 
+def test_kernel_distance_by_its_formula():
+    x, y = gaussian(30, 0.0, 1.0, seed=0), gaussian(30, 0.5, 1.0, seed=1)
+    kernels = [(a @ b.T / 8 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
+    within = sum(kernel.sum() - kernel.trace() for kernel in kernels[:2]) / (30 * 29)
+    expected = (within - 2 * kernels[2].mean()).item()
+    assert kernel_distance(x, y, subset_size=30) == (pytest.approx(expected, rel=1e-10), None)
+
+
 def test_the_deviation_of_the_kernel_distance_needs_different_subsets():
     first, second = torch.randn(2, 60, 4).unbind()
     assert kernel_distance(first, second, subset_size=60)[1] is None

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import os
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -175,7 +174,9 @@ class EfficientNetLite0Features(FeatureExtractor):
 
 
 class InceptionFeatures(FeatureExtractor):
-    """Features of the Inception network that defines FID and KID. The weights are downloaded once.
+    """Features of the Inception network that defines FID and KID, as torch-fidelity computes them.
+
+    The weights are downloaded once. Images are resized as TensorFlow 1 does, which the usual FID assumes.
 
     Raises:
         ImportError: if the extra `eval` is not installed.
@@ -186,17 +187,15 @@ class InceptionFeatures(FeatureExtractor):
 
     def __init__(self) -> None:
         super().__init__()
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
         try:
-            self.network = FrechetInceptionDistance(feature=2048).inception
-        except ModuleNotFoundError as error:
-            raise ImportError(f'{error} `pip install "pet-pipeline[eval]"` does that.') from None
-        self.eval()
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ImportError(f'{error}; `pip install "pet-pipeline[eval]"` installs it.') from None
+        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], verbose=True)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Returns features `(batch, 2048)` of uint8 images `(batch, 3, height, width)`."""
-        return self.network(images)
+        return self.network(images)[0]
 
 
 FEATURE_EXTRACTORS = {"efficientnet": EfficientNetLite0Features, "inception": InceptionFeatures}
@@ -226,7 +225,7 @@ def image_features(
     path = None
     if cache:
         digest = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()[:32]
-        folder = cached_assets_path("pet_pipeline", namespace="features", subfolder=extractor.name)
+        folder = cached_assets_path("pet_pipeline", namespace="image_features", subfolder=extractor.name)
         path = folder / f"{digest}.safetensors"
         if path.exists():
             return load_file(path)["features"]
@@ -241,14 +240,6 @@ def image_features(
     return features
 
 
-class _Precomputed(nn.Identity):
-    """Takes the place of the network in torchmetrics, because its input already consists of features."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-
 def frechet_distance(reference: torch.Tensor, features: torch.Tensor) -> float:
     """Returns the Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017).
 
@@ -258,12 +249,10 @@ def frechet_distance(reference: torch.Tensor, features: torch.Tensor) -> float:
         reference (`torch.Tensor` of shape `(N, num_features)`): features of at least two real images.
         features (`torch.Tensor` of shape `(M, num_features)`): features of at least two generated images.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
-    metric = FrechetInceptionDistance(feature=_Precomputed(reference.shape[1]))
-    metric.update(reference.double(), real=True)
-    metric.update(features.double(), real=False)
-    return metric.compute().item()
+    statistics = [fid_features_to_statistics(part.double()) for part in (reference, features)]
+    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
 
 def kernel_distance(
@@ -282,22 +271,19 @@ def kernel_distance(
         `tuple[float, float | None]`: the mean over the subsets, and their standard deviation, which is `None`
         if every subset has all images.
     """
-    from torchmetrics.image.kid import KernelInceptionDistance
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     subset_size = min(subset_size, len(reference), len(features))
     is_drawn = subset_size < max(len(reference), len(features))
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save")
-        torch.manual_seed(seed)
-        metric = KernelInceptionDistance(
-            feature=_Precomputed(reference.shape[1]),
-            subsets=subsets,
-            subset_size=subset_size,
-        )
-        metric.update(reference.double(), real=True)
-        metric.update(features.double(), real=False)
-        mean, deviation = metric.compute()
-    return mean.item(), deviation.item() if is_drawn else None
+    metrics = kid_features_to_metric(
+        reference.double(),
+        features.double(),
+        kid_subsets=subsets if is_drawn else 1,
+        kid_subset_size=subset_size,
+        rng_seed=seed,
+        verbose=False,
+    )
+    return metrics[KEY_METRIC_KID_MEAN], metrics[KEY_METRIC_KID_STD] if is_drawn else None
 
 
 def precision_recall(
@@ -323,9 +309,7 @@ def precision_recall(
             f"{len(reference)} and {len(features)}."
         )
 
-    def share_inside(points: torch.Tensor, support: torch.Tensor) -> float:
-        # The smallest distance of a member is the distance to itself, which does not count as a neighbour.
-        radii = torch.cdist(support, support).kthvalue(num_neighbors + 1, dim=1).values
-        return (torch.cdist(points, support) <= radii).any(1).float().mean().item()
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-    return share_inside(features, reference), share_inside(reference, features)
+    metrics = prc_features_to_metric(features, reference, prc_neighborhood=num_neighbors, verbose=False)
+    return metrics[KEY_METRIC_PRECISION], metrics[KEY_METRIC_RECALL]
