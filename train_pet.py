@@ -65,7 +65,7 @@ from pet_pipeline.training.data import (
     to_model_range,
 )
 from pet_pipeline.training.denoiser import create_denoiser, pipeline_defaults
-from pet_pipeline.training.hardware import create_accelerator
+from pet_pipeline.training.hardware import create_accelerator, whole_parameters
 from pet_pipeline.training.log import TrainingLog
 from pet_pipeline.training.losses import BalancedAdaptiveLossOutput, DenoiserWithLoss
 from pet_pipeline.training.optimization import create_optimizer, learning_rate_factor
@@ -307,7 +307,7 @@ def train(args: argparse.Namespace, training: Training, state: TrainingState) ->
 
                 if is_finite:
                     num_skipped = 0
-                    training.ema.step(training.transformer.parameters())
+                    training.ema.step(whole_parameters(training.transformer))
                     state.step += 1
                     state.seconds = time.monotonic() - start_time
                     done = fraction_done(args, training, state)

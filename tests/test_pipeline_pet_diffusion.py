@@ -415,8 +415,12 @@ def test_save_and_load_are_bit_exact(pipeline, dtype, tmp_path):
     loaded = PetDiffusionPipeline.from_pretrained(tmp_path, dtype=dtype)
     loaded.set_progress_bar_config(disable=True)
     assert loaded.id2label == {0: "cat", 1: "dog"}
+    weights = [p.transformer.state_dict() for p in (pipeline, loaded)]
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
     images = [p("dog", 4, generator=generators(3), output_type="pt").images for p in (pipeline, loaded)]
-    assert torch.equal(*images) and images[0].dtype == torch.float32
+    # Loaded weights lie elsewhere in the memory, where some versions of PyTorch round differently.
+    torch.testing.assert_close(*images, rtol=0, atol=1e-4 if dtype == torch.float32 else 2e-2)
+    assert images[0].dtype == torch.float32
 
 
 def test_from_pipe_shares_components(pipeline):

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,11 +22,13 @@ from support.training_process import (
     TINY,
     Training,
     arguments,
+    assert_close,
     assert_equal,
     checkpoint_content,
     is_equal,
     log_of_losses,
     spoiled_forward,
+    start_processes,
     train,
     train_process,
 )
@@ -510,42 +511,8 @@ def logged(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_close(first, second, name: str) -> None:
-    """Asserts that nested states are equal up to rounding."""
-    if isinstance(first, dict):
-        assert list(first) == list(second), name
-        for key in first:
-            assert_close(first[key], second[key], f"{name}/{key}")
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second), name
-        for index, (a, b) in enumerate(zip(first, second)):
-            assert_close(a, b, f"{name}/{index}")
-    elif isinstance(first, (float, torch.Tensor)):
-        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5, msg=lambda text: f"{name}: {text}")
-    else:
-        assert first == second, name
-
-
 def start_two(image_folder, output_dir, **options) -> list[Training]:
-    """Starts two processes as a launcher would, without a launcher that watches them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [
-        Training(
-            words(image_folder, output_dir, **options),
-            environment={
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "ACCELERATE_USE_CPU": "true",
-            },
-        )
-        for rank in range(2)
-    ]
+    return start_processes(words(image_folder, output_dir, **options))
 
 
 def test_two_processes_are_interrupted_together_and_resume_exactly(image_folder, tmp_path):

@@ -91,7 +91,7 @@ def test_options_of_the_command_count_after_resuming(finished_run, image_folder,
     assert (tmp_path / "out" / "best" / "model_index.json").exists()
     checkpoint = tmp_path / "out" / "checkpoint-4"
     state = torch.load(checkpoint / "optimizer.bin", weights_only=True)
-    assert state["adamw"]["param_groups"][0]["betas"][0] == 0.5
+    assert state["param_groups"][1]["betas"][0] == 0.5
     # Averaged over nothing, the weights are those of the last step.
     averaged = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
     last = denoiser_weights(checkpoint)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+from torch.distributed.tensor import DTensor
 
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -66,6 +67,11 @@ def automatic_precision() -> str:
             times.append(time.perf_counter() - began)
         seconds[dtype] = min(times)
     return "bf16" if 1.2 * seconds[torch.bfloat16] < seconds[torch.float32] else "no"
+
+
+def whole_parameters(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Returns the parameters of a module; every process must call it, since FSDP must gather its shards."""
+    return [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]
 
 
 def device_name(accelerator: Accelerator) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 # Where Muon finds the matrices of a denoiser.
@@ -58,15 +59,23 @@ class BatchedMuon(torch.optim.Muon):
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
-        orthogonal = orthogonalize(
-            torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"]
-        )
+        updates = torch.stack(momenta)
+        if group["nesterov"]:
+            updates = torch.stack(gradients).lerp(updates, group["momentum"])
+        # Where FSDP shards the matrices, every process gathers them whole, and keeps its part of the result.
+        whole = updates.full_tensor() if isinstance(updates, DTensor) else updates
+        orthogonal = orthogonalize(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        steps = [
+            distribute_tensor(step, p.device_mesh, p.placements, src_data_rank=None)
+            if isinstance(p, DTensor)
+            else step
+            for step, p in zip(orthogonal.to(parameters[0].dtype).unbind(), parameters)
+        ]
         rows, columns = parameters[0].shape
         rate = group["lr"] * math.sqrt(max(1, rows / columns))
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(orthogonal.to(parameters[0].dtype).unbind()), alpha=-rate)
+        torch._foreach_add_(parameters, steps, alpha=-rate)
 
 
 def orthogonalize(
@@ -111,10 +120,12 @@ class MuonAdamW(torch.optim.Optimizer):
             adamw_parameters, lr=adamw_lr, weight_decay=weight_decay, betas=betas, eps=eps
         )
         super().__init__(self.muon.param_groups + self.adamw.param_groups, {})
-        # `Optimizer.__init__` copies the groups: share the copies, so that one learning-rate schedule rules
-        # them.
-        self.muon.param_groups = self.param_groups[: len(self.muon.param_groups)]
-        self.adamw.param_groups = self.param_groups[len(self.muon.param_groups) :]
+        self._share()
+
+    def _share(self) -> None:
+        """Lets both optimizers work on the groups and the state of this one, which checkpoints keep."""
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self.muon.state = self.adamw.state = self.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -123,16 +134,10 @@ class MuonAdamW(torch.optim.Optimizer):
         self.adamw.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the states of both optimizers."""
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what [`state_dict`] returned."""
-        self.muon.load_state_dict(state_dict["muon"])
-        self.adamw.load_state_dict(state_dict["adamw"])
-        # Loading replaces the groups of each.
-        self.param_groups = self.muon.param_groups + self.adamw.param_groups
+        """Restores what `state_dict` returned."""
+        super().load_state_dict(state_dict)
+        self._share()  # loading replaces the groups and the state
 
 
 def block_matrices(model: nn.Module) -> list[nn.Parameter]:

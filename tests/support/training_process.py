@@ -7,6 +7,7 @@ import os
 import resource
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import train_pet
@@ -97,9 +99,30 @@ def run_script(
     sys.argv = [str(SCRIPT), *words]
     if fault is not None:
         break_writes(*fault)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_cpus()
     if predictable:
         make_predictable()
     runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def shard_on_cpus() -> None:
+    """Lets Accelerate shard trainings by FSDP2 in this process, which it only does on GPUs by itself.
+
+    The process group of CPUs (gloo) takes the place of that of GPUs. Everything else is what Accelerate does
+    after `accelerate launch --use_fsdp --fsdp_version 2`.
+    """
+    initialize = AcceleratorState.__init__
+
+    def initialize_sharded(
+        self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any
+    ) -> None:
+        initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:  # all instances share their state
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = initialize_sharded
 
 
 def break_writes(name: str, kind: str) -> None:
@@ -192,6 +215,35 @@ def train_process(words: list[str], fault: tuple[str, str] | None = None) -> End
     return Training(words, fault).end()
 
 
+def start_processes(
+    words: list[str],
+    number: int = 2,
+    environment: dict[str, str] | None = None,
+    predictable: bool = False,
+) -> list[Training]:
+    """Starts the processes of one training as a launcher would, without a launcher that watches them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        Training(
+            words,
+            environment={
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(number),
+                "LOCAL_WORLD_SIZE": str(number),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "ACCELERATE_USE_CPU": "true",
+                **(environment or {}),
+            },
+            predictable=predictable,
+        )
+        for rank in range(number)
+    ]
+
+
 def checkpoint_content(folder: Path) -> dict[str, Any]:
     """Returns everything in a checkpoint but the time that the training took."""
     content = {}
@@ -222,6 +274,22 @@ def assert_equal(first: Any, second: Any, name: str = "") -> None:
         assert first.dtype == second.dtype and torch.equal(first, second), name
     elif isinstance(first, np.ndarray):
         assert first.dtype == second.dtype and np.array_equal(first, second), name
+    else:
+        assert first == second, name
+
+
+def assert_close(first: Any, second: Any, name: str) -> None:
+    """Asserts that nested states are equal up to rounding."""
+    if isinstance(first, dict):
+        assert list(first) == list(second), name
+        for key in first:
+            assert_close(first[key], second[key], f"{name}/{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), name
+        for index, (a, b) in enumerate(zip(first, second)):
+            assert_close(a, b, f"{name}/{index}")
+    elif isinstance(first, (float, torch.Tensor)):
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5, msg=lambda text: f"{name}: {text}")
     else:
         assert first == second, name
 
