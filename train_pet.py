@@ -130,7 +130,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     set_seed(args.seed)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    checkpoint, damaged = choose_checkpoint(args, accelerator.num_processes)
+    checkpoint, damaged = choose_checkpoint(args, accelerator.num_processes, accelerator.is_fsdp2)
     earlier = {} if checkpoint is None else read_description(checkpoint)
 
     # The images, which are decoded once and held in memory

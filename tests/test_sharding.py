@@ -14,6 +14,7 @@ from support.training_process import (
     log_of_losses,
     metrics,
     start_processes,
+    train,
 )
 
 
@@ -80,3 +81,17 @@ def test_a_resumed_sharded_run_equals_an_uninterrupted_one(state_dict_type, imag
     assert "Resumed at step 3" in output
     assert_equal(saved_weights(whole), saved_weights(parts))
     assert log_of_losses(whole) == log_of_losses(parts) and len(log_of_losses(parts)) == 6
+    with pytest.raises(
+        ValueError, match="checkpoint-6' was written with FSDP and cannot be continued without"
+    ):
+        train(image_folder, parts, resume_from_checkpoint="latest", **options)
+
+
+def test_a_checkpoint_without_fsdp_and_fsdp_of_version_1_are_refused(image_folder, tmp_path, finished_run):
+    environments = {"cannot be continued with it": FSDP, "--fsdp_version 2": {**FSDP, "FSDP_VERSION": "1"}}
+    words = arguments(image_folder, tmp_path / "out", resume_from_checkpoint=finished_run / "checkpoint-6")
+    for message, environment in environments.items():
+        (training,) = start_processes(words, 1, environment)
+        ended = training.end()
+        assert ended.exit_code == 1 and message in ended.output and "Traceback" not in ended.output
+    assert not (tmp_path / "out").exists()

@@ -180,11 +180,13 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path
     )
 
 
-def choose_checkpoint(args: argparse.Namespace, num_processes: int) -> tuple[Path | None, list[Path]]:
+def choose_checkpoint(
+    args: argparse.Namespace, num_processes: int, is_sharded: bool = False
+) -> tuple[Path | None, list[Path]]:
     """Returns the checkpoint that a training continues, or `None`, and the damaged later checkpoints.
 
-    `ValueError` is raised if the checkpoint cannot be continued, or if the output folder holds another
-    training.
+    `is_sharded` tells whether FSDP shards the training. `ValueError` is raised if the checkpoint cannot be
+    continued, or if the output folder holds another training.
     """
     checkpoints = list_checkpoints(args.output_dir)
     if args.resume_from_checkpoint is None:
@@ -201,6 +203,9 @@ def choose_checkpoint(args: argparse.Namespace, num_processes: int) -> tuple[Pat
             f"{args.output_dir!r} holds later checkpoints than the one to resume from: "
             f"{', '.join(path.name for path in later)}. Move them away, or choose another --output_dir."
         )
+    if any(checkpoint.glob("pytorch_model_fsdp*")) != is_sharded:
+        before, now = ("without", "with") if is_sharded else ("with", "without")
+        raise ValueError(f"{str(checkpoint)!r} was written {before} FSDP and cannot be continued {now} it.")
     num_before = len(list(checkpoint.glob("random_states_*")))
     if num_before != num_processes:
         warnings.warn(

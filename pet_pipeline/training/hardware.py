@@ -8,7 +8,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 from torch.distributed.tensor import DTensor
 
 
@@ -39,6 +44,13 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
             f"{num_started} processes were started, but found no GPUs to share the training. On CPUs, set "
             "ACCELERATE_USE_CPU=true in the environment."
         )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed takes the steps of the optimizer by itself, also those whose gradient is not finite. "
+            "Choose FSDP of version 2, or neither, with `accelerate config`."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP must be of version 2: launch with --fsdp_version 2.")
     return accelerator
 
 
