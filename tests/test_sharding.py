@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from support.training_process import (
     TINY,
@@ -16,6 +18,9 @@ from support.training_process import (
     start_processes,
     train,
 )
+
+import train_pet
+from pet_pipeline.training import hardware
 
 
 # What `accelerate launch --use_fsdp --fsdp_version 2` sets.
@@ -95,3 +100,10 @@ def test_a_checkpoint_without_fsdp_and_fsdp_of_version_1_are_refused(image_folde
         ended = training.end()
         assert ended.exit_code == 1 and message in ended.output and "Traceback" not in ended.output
     assert not (tmp_path / "out").exists()
+
+
+def test_deepspeed_is_refused(monkeypatch):
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, num_processes=1)
+    monkeypatch.setattr(hardware, "Accelerator", lambda **kwargs: accelerator)
+    with pytest.raises(ValueError, match="DeepSpeed takes the steps of the optimizer by itself"):
+        hardware.create_accelerator(train_pet.parse_args(["--max_train_steps", "1"]))
