@@ -181,7 +181,7 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path
 
 
 def choose_checkpoint(
-    args: argparse.Namespace, num_processes: int, is_sharded: bool = False
+    args: argparse.Namespace, num_processes: int, is_sharded: bool
 ) -> tuple[Path | None, list[Path]]:
     """Returns the checkpoint that a training continues, or `None`, and the damaged later checkpoints.
 
