@@ -56,10 +56,11 @@ from pet_pipeline.training.checkpointing import (
 )
 from pet_pipeline.training.consistency import ConsistencyTeacher
 from pet_pipeline.training.data import (
-    ImageDataset,
+    ImageSet,
     describe_split,
+    fits_memory,
     image_mode,
-    load_image_dataset,
+    open_image_dataset,
     random_horizontal_flip,
     split_dataset,
     to_model_range,
@@ -71,6 +72,7 @@ from pet_pipeline.training.losses import BalancedAdaptiveLossOutput, DenoiserWit
 from pet_pipeline.training.optimization import create_optimizer, learning_rate_factor
 from pet_pipeline.training.options import parse_args
 from pet_pipeline.training.results import TrainingResults
+from pet_pipeline.training.streaming import StreamedImages, num_loading_processes, open_image_stream
 
 
 # After so many steps in a row without a finite gradient, the training ends. Each of them halves the loss
@@ -102,23 +104,29 @@ class Training:
 
 def load_data(
     args: argparse.Namespace, resolution: int, mode: str, earlier_split: dict[str, Any] | None
-) -> tuple[ImageDataset, ImageDataset]:
-    """Loads the data set, and returns its images for training and those held out.
+) -> tuple[ImageSet | StreamedImages, ImageSet]:
+    """Opens the data set, and returns its images for training and those held out.
 
     The split does not depend on the seed, so that no run trains on images that another run holds out.
     """
-    dataset = load_image_dataset(
-        args.dataset_name,
-        None if args.classes == ["all"] else args.classes,
-        resolution,
-        args.train_split,
-        image_mode=mode,
-        dataset_config_name=args.dataset_config_name,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        cache_dir=args.cache_dir,
-        max_samples=args.max_train_samples,
-    )
+    common = {
+        "dataset_name": args.dataset_name,
+        "classes": None if args.classes == ["all"] else args.classes,
+        "resolution": resolution,
+        "split": args.train_split,
+        "image_mode": mode,
+        "dataset_config_name": args.dataset_config_name,
+        "image_column": args.image_column,
+        "label_column": args.label_column,
+        "cache_dir": args.cache_dir,
+    }
+    if args.streaming:
+        stream = open_image_stream(**common)
+        return stream, stream.hold_out(
+            args.validation_images, args.shuffle_buffer_size, args.seed, earlier_split
+        )
+    stored = open_image_dataset(**common, max_samples=args.max_train_samples)
+    dataset = stored.load() if fits_memory(stored, args.max_memory_gb) else stored
     return split_dataset(dataset, args.validation_fraction, earlier_split)
 
 
@@ -133,7 +141,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     checkpoint, damaged = choose_checkpoint(args, accelerator.num_processes, accelerator.is_fsdp2)
     earlier = {} if checkpoint is None else read_description(checkpoint)
 
-    # The images, which are decoded once and held in memory
+    # The images, in memory where they fit
     pretrained, resolution, mode = None, args.resolution or 32, args.image_mode or "RGB"
     if args.pretrained_model_name_or_path is not None:
         pretrained = PetDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
@@ -142,15 +150,18 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     train_set, held_out_set = load_data(args, resolution, mode, earlier.get("split"))
     if len(train_set.class_names) == 1:
         args.label_dropout = 0.0  # guidance, which needs a null class, would have nothing to tell apart
+    num_workers = num_loading_processes(train_set, args.dataloader_num_workers, accelerator.is_main_process)
     loader = torch.utils.data.DataLoader(
         train_set,
         batch_size=args.train_batch_size,
-        shuffle=True,
-        collate_fn=ImageDataset.collate,
-        num_workers=args.dataloader_num_workers,
-        persistent_workers=args.dataloader_num_workers > 0,
+        shuffle=not args.streaming,
+        collate_fn=train_set.collate,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0
+        and not args.streaming,  # a stream is given its epoch when they start
         pin_memory=torch.cuda.is_available(),
-        drop_last=len(train_set) >= args.train_batch_size * accelerator.num_processes,
+        drop_last=isinstance(train_set, StreamedImages)
+        or len(train_set) >= args.train_batch_size * accelerator.num_processes,
         generator=torch.Generator().manual_seed(args.seed),
     )
 
@@ -159,7 +170,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     teacher = None
     if args.objective == "consistency" and pretrained is not None:
         teacher = ConsistencyTeacher(pretrained.to(accelerator.device))
-    split = describe_split(train_set, held_out_set)
+    split = describe_split(held_out_set, None if isinstance(train_set, StreamedImages) else train_set)
     digest = None if teacher is None else teacher.digest
     description = describe_training(args, transformer, split, digest)
     check_description(earlier, description)
@@ -196,6 +207,9 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     # Accelerate, the length of the training, and the checkpoint
     model = DenoiserWithLoss(transformer, loss_function)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if args.streaming:
+        # Accelerate drops the generator. A resumed pass would then draw once more from that of the training.
+        loader.base_dataloader.generator = torch.Generator().manual_seed(args.seed)
     accelerator.register_for_checkpointing(ema, scheduler, state)
     limits = [args.max_train_steps] if args.max_train_steps is not None else []
     if args.num_train_epochs is not None:
@@ -352,6 +366,8 @@ def train(args: argparse.Namespace, training: Training, state: TrainingState) ->
                 if is_due and args.hub_strategy == "checkpoint":
                     push_checkpoint(args, training, state)
             else:
+                if state.micro_step == 0:
+                    raise ValueError("There are fewer training images than --train_batch_size asks for.")
                 state.epoch += 1
                 state.micro_step = 0
 

@@ -54,7 +54,7 @@ class TrainingReport:
 
     dataset_name: str
     options: dict[str, Any]  # of `train_pet.py`; the card shows `CARD_OPTIONS`
-    num_train_images: int
+    num_train_images: int | None  # `None` for a stream
     num_held_out_images: int
     num_validation_images: int  # the held-out images that measured the validation loss
     num_steps: int  # optimizer steps

@@ -9,17 +9,20 @@ import torch
 from ..pipeline_pet_diffusion import PetDiffusionPipeline
 from ..scheduling_adaptive_edm import AdaptiveEDMScheduler
 from ..transformer_pet import PRESETS, PetTransformer2DModel, dct_matrix, transform_patches
-from .data import ImageDataset
+from .data import ImageSet
+from .streaming import StreamedImages
 
 
 # The parts of a denoiser whose linear layers low-rank updates change.
 LORA_PARTS = ("transformer_blocks", "encoder_blocks", "decoder_blocks", "time_embedding", "modulation")
+# The spectrum of the images is measured on so many of them.
+NUM_MEASURED = 10_000
 
 
 def create_denoiser(
     args: argparse.Namespace,
     pretrained: PetDiffusionPipeline | None,
-    train_set: ImageDataset,
+    train_set: ImageSet | StreamedImages,
     earlier_config: dict[str, Any] | None = None,
 ) -> tuple[PetTransformer2DModel, AdaptiveEDMScheduler]:
     """Creates the denoiser of a training, or adapts that of a saved pipeline, and creates its scheduler.
@@ -27,10 +30,9 @@ def create_denoiser(
     `earlier_config` is the configuration of the denoiser in the checkpoint to continue: a new denoiser keeps
     the spectrum that was measured then, even if the data set has changed.
     """
-    resolution = train_set.images.shape[-1]
+    num_channels, resolution, _ = train_set.image_shape
     draw = {"adaptive": args.noise_schedule == "adaptive", "p_mean": args.p_mean, "p_std": args.p_std}
     if pretrained is not None:
-        num_channels = train_set.images.shape[1]
         transformer = adapt_model(pretrained, train_set.class_names, resolution, num_channels)
         if args.objective == "consistency":
             if transformer is not pretrained.transformer:
@@ -48,7 +50,7 @@ def create_denoiser(
     scheduler = AdaptiveEDMScheduler(prediction_type=args.prediction_type, **draw)
     config = {
         "sample_size": resolution,
-        "in_channels": train_set.images.shape[1],
+        "in_channels": num_channels,
         "num_classes": len(train_set.class_names),
         "sigma_data": scheduler.config.sigma_data,
         "prediction_type": args.prediction_type,
@@ -57,7 +59,9 @@ def create_denoiser(
     if args.frequency_preconditioning and "frequency_variances" not in config:
         patch_size = config.get("patch_size", PRESETS[args.preset]["patch_size"])
         measured = (earlier_config or {}).get("frequency_variances")
-        config["frequency_variances"] = measured or frequency_variances(train_set.images, patch_size)
+        config["frequency_variances"] = measured or frequency_variances(
+            train_set.first(NUM_MEASURED).images, patch_size
+        )
     return PetTransformer2DModel.from_preset(args.preset, **config), scheduler
 
 

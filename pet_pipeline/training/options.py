@@ -25,6 +25,7 @@ CONSISTENCY_DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
 }
 NOISE_OPTIONS = ("noise_schedule", "p_mean", "p_std")
+NOT_FOR_STREAMS = ("num_train_epochs", "max_train_samples", "validation_fraction", "max_memory_gb")
 HUB_OPTIONS = ("hub_model_id", "hub_private_repo", "hub_token", "hub_strategy")
 
 # `--model_config` does not take these arguments of the model, since the data or the scheduler share them.
@@ -99,6 +100,11 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         for name in NOISE_OPTIONS:
             if is_given(name):
                 parser.error(f"--{name} has no effect with --objective consistency")
+    for name in NOT_FOR_STREAMS:
+        if args.streaming and is_given(name):
+            parser.error(f"--{name} cannot be used with --streaming, since the length of a stream is unknown")
+    if is_given("shuffle_buffer_size") and not args.streaming:
+        parser.error("--shuffle_buffer_size requires --streaming")
     if args.lora_rank is not None and args.pretrained_model_name_or_path is None:
         parser.error("--lora_rank requires --pretrained_model_name_or_path")
     known = inspect.signature(PetTransformer2DModel.__init__).parameters
@@ -161,10 +167,29 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_train_samples", type=positive_integer, help="largest number of images that are used")
     add("--cache_dir", help="folder of the cache of `datasets`")
     add(
+        "--max_memory_gb",
+        type=positive_number,
+        help="largest size in GB of the decoded images that a process holds in memory, rather than decode them "
+        "in every pass; the default is its share of half of the free memory",
+    )
+    add(
+        "--streaming",
+        action=flag,
+        default=False,
+        help="read the data set as a stream, without storing it; the first --validation_images images of the "
+        "chosen classes are held out",
+    )
+    add(
+        "--shuffle_buffer_size",
+        type=positive_integer,
+        default=10_000,
+        help="number of images of a stream, not yet decoded, that each loading process shuffles",
+    )
+    add(
         "--dataloader_num_workers",
-        type=int,
-        default=0,
-        help="number of loading processes; 0 is fastest, as images are in memory",
+        type=whole_number(0),
+        help="number of loading processes; the default is 0 for images in memory, and otherwise one for each "
+        "core, at most 8",
     )
 
     add = parser.add_argument_group("model").add_argument

@@ -16,10 +16,11 @@ from ..publishing.push import EVALUATION_FILES
 from ..visualization import denoising_strip, loss_curves, sample_grid, step_comparison
 from .checkpointing import TrainingState, save_pipeline
 from .consistency import ConsistencyTeacher
-from .data import ImageDataset
+from .data import ImageSet
 from .denoiser import merge_low_rank_updates
 from .hardware import device_name
 from .log import TrainingLog
+from .streaming import StreamedImages
 
 
 @dataclass
@@ -32,8 +33,8 @@ class TrainingResults:
     log: TrainingLog
     ema: EMAModel
     pipeline: PetDiffusionPipeline  # the averaged weights are copied into it
-    train_set: ImageDataset
-    held_out_set: ImageDataset
+    train_set: ImageSet | StreamedImages
+    held_out_set: ImageSet
     teacher: ConsistencyTeacher | None = None
     validation_losses: dict[int, float] = field(default_factory=dict)  # by step
 
@@ -113,7 +114,7 @@ class TrainingResults:
         report = TrainingReport(
             dataset_name=self.args.dataset_name,
             options=vars(self.args),
-            num_train_images=len(self.train_set),
+            num_train_images=None if isinstance(self.train_set, StreamedImages) else len(self.train_set),
             num_held_out_images=len(self.held_out_set),
             num_validation_images=len(self.validation_set),
             num_steps=self.state.step,

@@ -16,7 +16,7 @@ def main() -> None:
     print("| batch | fetched, images/s | fetched, in [-1, 1] and flipped, images/s |\n|---|---|---|")
     for batch_size in (64, 256, 1024):
         loader = torch.utils.data.DataLoader(
-            dataset, batch_size, shuffle=True, drop_last=True, collate_fn=ImageDataset.collate
+            dataset, batch_size, shuffle=True, drop_last=True, collate_fn=dataset.collate
         )
         rates = []
         for prepare in (lambda x: x, lambda x: random_horizontal_flip(to_model_range(x))):

@@ -1,0 +1,174 @@
+"""Images of a data set that is read as a stream, because it does not fit on the disk."""
+
+import os
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import datasets
+import torch
+from torch.utils.data import default_collate
+
+from .data import (
+    IMAGE_MODES,
+    UNLABELLED,
+    ImageDataset,
+    ImageSet,
+    choose_classes,
+    decode_image,
+    describe_split,
+    find_column,
+    find_label_column,
+    image_digests,
+    load_dataset,
+)
+
+
+class StreamedImages(torch.utils.data.IterableDataset):
+    """The images of some classes of a stream, in an order that depends on the epoch, without those held out.
+
+    Args:
+        stream (`datasets.IterableDataset`): the stream, whose images are not decoded.
+        image_column (`str`), label_column (`str`, *optional*): columns of the stream.
+        class_ids (`dict[str, int]`): the class id of each wanted label, as text; without a label column, that
+            of `"None"`.
+        class_names (`list[str]`): the names of the classes.
+        resolution (`int`), image_mode (`str`): see [`open_image_dataset`].
+    """
+
+    def __init__(
+        self,
+        stream: datasets.IterableDataset,
+        image_column: str,
+        label_column: str | None,
+        class_ids: dict[str, int],
+        class_names: list[str],
+        resolution: int,
+        image_mode: str,
+    ) -> None:
+        self.stream = stream
+        self.image_column = image_column
+        self.label_column = label_column
+        self.class_ids = class_ids
+        self.class_names = class_names
+        self.image_shape = IMAGE_MODES[image_mode], resolution, resolution
+        self.image_mode = image_mode
+        self.held_out: frozenset[str] = frozenset()  # digests of the images that are left out
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        for example in self.stream:
+            label = self.class_ids.get(str(example.get(self.label_column)))
+            if label is None:
+                continue
+            encoded = example[self.image_column]
+            image = decode_image(encoded, self.image_shape[-1], self.image_mode, "of the stream")
+            if image_digests(image[None])[0] not in self.held_out:
+                yield image, label
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the images; Accelerate calls this method."""
+        self.stream.set_epoch(epoch)
+
+    def first(self, num_images: int) -> ImageDataset:
+        """Returns the first images, at most `num_images`, in memory; `ValueError` is raised if none is left."""
+        examples = list(islice(self, num_images))
+        if not examples:
+            beside = f" beside the {len(self.held_out):,} held out: lower --validation_images"
+            raise ValueError(
+                f"The stream has no image of the classes {', '.join(self.class_names)}"
+                f"{beside if self.held_out else ''}."
+            )
+        images, labels = zip(*examples)
+        return ImageDataset(torch.stack(images), torch.tensor(labels), self.class_names)
+
+    def hold_out(
+        self, num_images: int, shuffle_buffer_size: int, seed: int, earlier: dict[str, Any] | None = None
+    ) -> ImageDataset:
+        """Returns the first images of the stream; from now on they are left out, and the others are shuffled.
+
+        Held-out images are known by their pixels, so that copies of them are left out too. `earlier` is what
+        [`describe_split`] returned for the training to continue.
+
+        Raises:
+            ValueError: if all these images are of one of several classes, or if they are others than those
+                held out before.
+        """
+        held_out = self.first(num_images)
+        if len(self.class_names) > 1 and len(held_out.labels.unique()) == 1:
+            raise ValueError(
+                f"The stream begins with {len(held_out):,} images of one class: --streaming needs a data set "
+                "in random order."
+            )
+        if earlier is not None and describe_split(held_out) != earlier:
+            raise ValueError(
+                "The checkpoint has other classes, or held out other images than the first ones of the stream: "
+                "give its data set, --classes and --validation_images, or start a new run."
+            )
+        self.held_out = frozenset(image_digests(held_out.images))
+        self.stream = self.stream.shuffle(seed, buffer_size=shuffle_buffer_size)
+        return held_out
+
+    @staticmethod
+    def collate(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns a batch of images and labels."""
+        return default_collate(batch)
+
+
+def num_loading_processes(
+    dataset: ImageSet | StreamedImages, wanted: int | None, is_main_process: bool
+) -> int:
+    """Returns the number of processes that load images for one process of a training.
+
+    The default of `wanted` is none for images in memory, and otherwise this process's share of the cores, at
+    most 8. Only the main process reads a stream, and each loading process reads files of its own.
+    """
+    if wanted is None:
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        wanted = 0 if isinstance(dataset, ImageDataset) else min(max(1, cores), 8)
+    if isinstance(dataset, StreamedImages):
+        return min(wanted, dataset.stream.num_shards) if is_main_process else 0
+    return wanted
+
+
+def open_image_stream(
+    dataset_name: str,
+    classes: list[str] | None,
+    resolution: int,
+    split: str = "train",
+    dataset_config_name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    cache_dir: str | None = None,
+    image_mode: str = "RGB",
+) -> StreamedImages:
+    """Opens a data set as a stream in its own order; see [`open_image_dataset`] for the arguments.
+
+    Raises:
+        ValueError: if the data set cannot be opened, a column or class is missing, or all classes are wanted
+            but the stream does not name them.
+    """
+    stream = load_dataset(dataset_name, dataset_config_name, split, cache_dir, streaming=True)
+    if stream.features is None:
+        raise ValueError(
+            f"The data set {dataset_name!r} does not describe its columns, which --streaming requires."
+        )
+    image_column = find_column(stream, image_column, (datasets.Image,), "image_column")
+    label_column = find_label_column(stream, label_column)
+    if label_column is None:
+        names = [UNLABELLED]
+        label_of = {UNLABELLED: "None"}
+    elif isinstance(stream.features[label_column], datasets.ClassLabel):
+        names = stream.features[label_column].names
+        label_of = {name: str(label) for label, name in enumerate(names)}
+    elif classes:
+        names = classes
+        label_of = {name: name for name in names}
+    else:
+        raise ValueError(
+            f"The labels in the column {label_column!r} have no list of names, and a stream tells them all only "
+            "at its end: name the classes with --classes."
+        )
+    class_names = choose_classes(classes, names)
+    class_ids = {label_of[name]: class_id for class_id, name in enumerate(class_names)}
+    stream = stream.cast_column(image_column, datasets.Image(decode=False))
+    return StreamedImages(stream, image_column, label_column, class_ids, class_names, resolution, image_mode)
