@@ -71,7 +71,7 @@ from pet_pipeline.training.log import TrainingLog
 from pet_pipeline.training.losses import BalancedAdaptiveLossOutput, DenoiserWithLoss
 from pet_pipeline.training.optimization import create_optimizer, learning_rate_factor
 from pet_pipeline.training.options import parse_args
-from pet_pipeline.training.results import TrainingResults
+from pet_pipeline.training.results import TrainingResults, load_features
 from pet_pipeline.training.streaming import StreamedImages, num_loading_processes, open_image_stream
 
 
@@ -135,6 +135,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     # Processes, randomness, and the checkpoint to continue
     output_dir = Path(args.output_dir)
     accelerator = create_accelerator(args)
+    extractor = None if args.evaluation_steps is None else load_features(accelerator.device)
     set_seed(args.seed)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -232,7 +233,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
         ema=ema,
         log=log,
         results=TrainingResults(
-            args, accelerator, state, log, ema, pipeline, train_set, held_out_set, teacher
+            args, accelerator, state, log, ema, pipeline, train_set, held_out_set, teacher, extractor
         ),
         lock=lock,
         description=description,

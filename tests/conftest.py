@@ -95,6 +95,19 @@ def image_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def shuffled_files(image_folder, tmp_path_factory) -> Path:
+    """The images of `image_folder` in a random order, in two Parquet files."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("files")
+    images = datasets.load_dataset(str(image_folder), split="train", cache_dir=str(folder / "cache"))
+    images = images.shuffle(seed=0)
+    for number in range(2):
+        images.shard(2, number).to_parquet(folder / f"train-{number:05}-of-00002.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def finished_run(image_folder, tmp_path_factory) -> Path:
     """The output folder of a finished training."""
     from support.training_process import finish_run  # which loads the training script

@@ -466,7 +466,10 @@ def test_two_processes_train_a_loss_without_parameters(image_folder, tmp_path):
         assert ended.exit_code == 0, ended.output
 
 
-def test_two_processes_train_the_same_model_as_one_with_twice_the_batch(image_folder, tmp_path):
+@pytest.mark.parametrize(
+    "source", [{}, {"streaming": True, "validation_images": 4}], ids=["in memory", "stream"]
+)
+def test_two_processes_train_the_same_model_as_one_with_twice_the_batch(source, shuffled_files, tmp_path):
     # The third optimizer step has a loss that is not finite, on one of the processes.
     options = {
         "optimizer": "adamw",
@@ -475,11 +478,13 @@ def test_two_processes_train_the_same_model_as_one_with_twice_the_batch(image_fo
         "max_train_steps": 6,
         "label_dropout": 0,
         "no-random_flip": True,
+        "dataloader_num_workers": 0,  # processes that read a stream divide its files
+        **source,
     }
-    words = arguments(image_folder, tmp_path / "1", train_batch_size=8, **options)
+    words = arguments(shuffled_files, tmp_path / "1", train_batch_size=8, **options)
     ended = Training(words, predictable=True).end()
     assert ended.exit_code == 0, ended.output
-    words = arguments(image_folder, tmp_path / "2", train_batch_size=4, **options)
+    words = arguments(shuffled_files, tmp_path / "2", train_batch_size=4, **options)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launched = subprocess.run(
         [*launcher, "--main_process_port", "0", PREDICTABLE, *words],

@@ -365,9 +365,7 @@ def test_overfitting_eight_images_reproduces_them(tmp_path):
         checkpointing_steps=10000,
         **{"no-random_flip": True},
     )
-    dataset = train_pet.load_image_dataset(
-        str(tmp_path / "data"), resolution=16, cache_dir=str(tmp_path / "cache")
-    )
+    dataset = load_image_dataset(str(tmp_path / "data"), resolution=16, cache_dir=str(tmp_path / "cache"))
     train_set, _ = stratified_split(dataset, 0.1, seed=0)
     assert len(train_set) == 8
     known = train_pet.to_model_range(train_set.images)

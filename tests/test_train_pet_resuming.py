@@ -10,7 +10,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.training_process import TINY, denoiser_weights, metrics, train
+from support.training_process import (
+    TINY,
+    assert_equal,
+    checkpoint_content,
+    denoiser_weights,
+    log_of_losses,
+    metrics,
+    train,
+)
 
 from pet_pipeline import PetDiffusionPipeline
 from pet_pipeline.evaluation.metrics import validation_loss
@@ -41,23 +49,42 @@ def held_out_images(monkeypatch) -> list[torch.Tensor]:
     return seen
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(image_folder, tmp_path, capsys):
+STREAM = {"streaming": True, "validation_images": 4}
+
+
+@pytest.mark.parametrize("step", [3, 6])
+@pytest.mark.parametrize(
+    "source", [{}, {"max_memory_gb": 1e-9}, STREAM], ids=["in memory", "on the fly", "stream"]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    source, step, image_folder, shuffled_files, tmp_path, capsys
+):
     # 8 steps cross the ends of epochs (36 images, 4 batches each).
-    options = {"max_train_steps": 8, "checkpointing_steps": 3}
+    options = {"max_train_steps": 8, "checkpointing_steps": 3, "dataloader_num_workers": 2, **source}
     options["model_config"] = json.dumps({**TINY, "dropout": 0.2})
+    data = shuffled_files if "streaming" in source else image_folder
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(image_folder, whole, checkpoints_total_limit=5, **options)
+    train(data, whole, checkpoints_total_limit=5, **options)
     parts.mkdir()
-    shutil.copytree(whole / "checkpoint-3", parts / "checkpoint-3")
+    shutil.copytree(whole / f"checkpoint-{step}", parts / f"checkpoint-{step}")
     shutil.copy(whole / "metrics.jsonl", parts)  # reaches further than the checkpoint
-    train(image_folder, parts, resume_from_checkpoint="latest", **options)
-    assert "Resumed at step 3" in capsys.readouterr().out
+    train(data, parts, resume_from_checkpoint="latest", **options)
+    assert f"Resumed at step {step}" in capsys.readouterr().out
     weights = [
         load_file(run / "transformer" / "diffusion_pytorch_model.safetensors") for run in (whole, parts)
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     losses = [[r["train/loss"] for r in metrics(run) if "train/loss" in r] for run in (whole, parts)]
     assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_a_run_is_the_same_wherever_its_images_are(image_folder, tmp_path):
+    for name, source in (("memory", {}), ("files", {"max_memory_gb": 1e-9, "dataloader_num_workers": 2})):
+        train(image_folder, tmp_path / name, **source)
+    checkpoints = [checkpoint_content(tmp_path / name / "checkpoint-6") for name in ("memory", "files")]
+    assert_equal(*checkpoints)
+    losses = [log_of_losses(tmp_path / name) for name in ("memory", "files")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
 def test_checkpoints_are_rotated_and_found(finished_run, tmp_path):

@@ -15,6 +15,7 @@ from .data import IMAGE_MODES
 from .losses import PRESETS as LOSS_PRESETS
 
 
+NUM_EVALUATED = 256  # samples that `--evaluation_steps` compares with the validation images
 NEW_MODEL_OPTIONS = ("preset", "model_config", "prediction_type", "frequency_preconditioning")
 # Defaults of the objective `consistency` that differ from those of the objective `denoising`.
 CONSISTENCY_DEFAULTS: dict[str, Any] = {
@@ -169,8 +170,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--max_memory_gb",
         type=positive_number,
-        help="largest size in GB of the decoded images that a process holds in memory, rather than decode them "
-        "in every pass; the default is its share of half of the free memory",
+        help="largest size in GB of the decoded images that a process holds in memory; larger data sets are "
+        "decoded in every pass; the default is the share of a process of half of the free memory",
     )
     add(
         "--streaming",
@@ -316,6 +317,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="pet-model", help="folder of the pipeline, checkpoints and pictures")
     add("--logging_steps", type=positive_integer, default=50, help="optimizer steps between logged losses")
     add("--validation_steps", type=positive_integer, default=1000, help="optimizer steps between validations")
+    add(
+        "--evaluation_steps",
+        type=positive_integer,
+        help=f"optimizer steps between measurements of KID, the distance of {NUM_EVALUATED} samples from "
+        "held-out images, which need the extra `eval`",
+    )
     add(
         "--preview_steps", type=positive_integer, default=1000, help="optimizer steps between sample pictures"
     )

@@ -5,10 +5,18 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from ..evaluation.metrics import validation_loss
+from ..evaluation.images import generate_images
+from ..evaluation.metrics import (
+    FEATURE_EXTRACTORS,
+    FeatureExtractor,
+    image_features,
+    kernel_distance,
+    validation_loss,
+)
 from ..pipeline_pet_diffusion import PetDiffusionPipeline
 from ..publishing.card import TrainingReport, render_model_card
 from ..publishing.notebook import render_notebook
@@ -20,6 +28,7 @@ from .data import ImageSet
 from .denoiser import merge_low_rank_updates
 from .hardware import device_name
 from .log import TrainingLog
+from .options import NUM_EVALUATED
 from .streaming import StreamedImages
 
 
@@ -36,6 +45,7 @@ class TrainingResults:
     train_set: ImageSet | StreamedImages
     held_out_set: ImageSet
     teacher: ConsistencyTeacher | None = None
+    extractor: FeatureExtractor | None = None  # the features of `--evaluation_steps`
     validation_losses: dict[int, float] = field(default_factory=dict)  # by step
 
     def __post_init__(self) -> None:
@@ -57,6 +67,8 @@ class TrainingResults:
             self.validate()
         if self.state.step % self.args.preview_steps == 0:
             self.preview()
+        if self.extractor is not None and self.state.step % self.args.evaluation_steps == 0:
+            self.evaluate(self.extractor)
 
     def validate(self) -> None:
         """Measures the averaged weights, and saves them as `best` if they are the best.
@@ -88,6 +100,21 @@ class TrainingResults:
         if loss < self.state.best_loss:  # which a loss that is not finite never is
             self.state.best_loss = loss
             save_pipeline(pipeline, best)
+
+    def evaluate(self, extractor: FeatureExtractor) -> None:
+        """Measures the kernel distance (KID) between samples of the averaged weights and held-out images.
+
+        The samples always have the same seeds, and take no random numbers from the training.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        pipeline, batch_size = self.update_pipeline(), self.args.train_batch_size
+        with self.accelerator.autocast():
+            generated = generate_images(pipeline, NUM_EVALUATED, batch_size, self.args.seed)
+        real = image_features(self.validation_set.images, extractor, cache=True)
+        kid, _ = kernel_distance(real, image_features(generated.images, extractor))
+        self.log.write({"validation/kid": kid})
+        self.accelerator.print(f"step {self.state.step:,}, KID of {NUM_EVALUATED} samples {kid:.4f}")
 
     def preview(self) -> None:
         """Draws samples and a denoising strip from the averaged weights."""
@@ -134,6 +161,8 @@ class TrainingResults:
         """Measures the last weights, draws the last pictures, and saves the pipeline."""
         self.validate()
         self.preview()
+        if self.extractor is not None:
+            self.evaluate(self.extractor)
         if not self.accelerator.is_main_process:
             return
         pipeline = self.update_pipeline()
@@ -145,3 +174,13 @@ class TrainingResults:
         self.accelerator.print(
             f"Saved the pipeline in {self.output_dir}; its pictures are in {self.log.samples_dir}."
         )
+
+
+def load_features(device: torch.device) -> FeatureExtractor:
+    """Loads the features of `--evaluation_steps`, or raises `ValueError` if a package is missing."""
+    try:
+        import torchmetrics  # noqa: F401, which the distance needs
+
+        return FEATURE_EXTRACTORS["efficientnet"]().to(device)
+    except ImportError as error:
+        raise ValueError(f"--evaluation_steps requires the extra `eval`: {error}") from None

@@ -70,7 +70,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.stream.set_epoch(epoch)
 
     def first(self, num_images: int) -> ImageDataset:
-        """Returns the first images, at most `num_images`, in memory; `ValueError` is raised if none is left."""
+        """Returns the first images, at most `num_images`, or raises `ValueError` if there is none."""
         examples = list(islice(self, num_images))
         if not examples:
             beside = f" beside the {len(self.held_out):,} held out: lower --validation_images"
@@ -96,13 +96,13 @@ class StreamedImages(torch.utils.data.IterableDataset):
         held_out = self.first(num_images)
         if len(self.class_names) > 1 and len(held_out.labels.unique()) == 1:
             raise ValueError(
-                f"The stream begins with {len(held_out):,} images of one class: --streaming needs a data set "
-                "in random order."
+                f"The stream begins with {len(held_out):,} images of one class, but --streaming needs a data "
+                "set in random order."
             )
         if earlier is not None and describe_split(held_out) != earlier:
             raise ValueError(
-                "The checkpoint has other classes, or held out other images than the first ones of the stream: "
-                "give its data set, --classes and --validation_images, or start a new run."
+                "The checkpoint has other classes, or other held-out images than the first of this stream. "
+                "Give its data set, --classes and --validation_images, or start a new run."
             )
         self.held_out = frozenset(image_digests(held_out.images))
         self.stream = self.stream.shuffle(seed, buffer_size=shuffle_buffer_size)
@@ -165,8 +165,8 @@ def open_image_stream(
         label_of = {name: name for name in names}
     else:
         raise ValueError(
-            f"The labels in the column {label_column!r} have no list of names, and a stream tells them all only "
-            "at its end: name the classes with --classes."
+            f"The labels in the column {label_column!r} have no list of names, and only the end of a stream "
+            "tells all of them: name the classes with --classes."
         )
     class_names = choose_classes(classes, names)
     class_ids = {label_of[name]: class_id for class_id, name in enumerate(class_names)}
