@@ -57,6 +57,7 @@ from pet_pipeline.training.checkpointing import (
 from pet_pipeline.training.consistency import ConsistencyTeacher
 from pet_pipeline.training.data import (
     ImageSet,
+    UnusableImageError,
     describe_split,
     fits_memory,
     image_mode,
@@ -151,6 +152,12 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     train_set, held_out_set = load_data(args, resolution, mode, earlier.get("split"))
     if len(train_set.class_names) == 1:
         args.label_dropout = 0.0  # guidance, which needs a null class, would have nothing to tell apart
+    is_enough = train_set.has_images(args.train_batch_size * accelerator.num_processes)
+    if args.streaming and not is_enough:
+        raise ValueError(
+            "The stream has too few images for one step beside those held out: lower --validation_images or "
+            "--train_batch_size."
+        )
     num_workers = num_loading_processes(train_set, args.dataloader_num_workers, accelerator.is_main_process)
     loader = torch.utils.data.DataLoader(
         train_set,
@@ -161,8 +168,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
         persistent_workers=num_workers > 0
         and not args.streaming,  # a stream is given its epoch when they start
         pin_memory=torch.cuda.is_available(),
-        drop_last=isinstance(train_set, StreamedImages)
-        or len(train_set) >= args.train_batch_size * accelerator.num_processes,
+        drop_last=is_enough,
         generator=torch.Generator().manual_seed(args.seed),
     )
 
@@ -367,8 +373,6 @@ def train(args: argparse.Namespace, training: Training, state: TrainingState) ->
                 if is_due and args.hub_strategy == "checkpoint":
                     push_checkpoint(args, training, state)
             else:
-                if state.micro_step == 0:
-                    raise ValueError("There are fewer training images than --train_batch_size asks for.")
                 state.epoch += 1
                 state.micro_step = 0
 
@@ -422,7 +426,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:  # before or after the training loop
         print(f"train_pet.py: interrupted. {how_to_resume(arguments.output_dir)}", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
+    except (OSError, UnusableImageError) as error:
         hint = f" {how_to_resume(arguments.output_dir)}" if training_state.step > 0 else ""
         sys.exit(f"train_pet.py: {str(error).rstrip('.')}.{hint}")
     except ValueError as error:

@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -8,9 +9,13 @@ from PIL import Image
 
 from pet_pipeline.training.data import (
     ImageDataset,
+    UnusableImageError,
+    describe_split,
+    fits_memory,
     image_mode,
     image_to_tensor,
     load_image_dataset,
+    open_image_dataset,
     random_horizontal_flip,
     stratified_split,
     to_model_range,
@@ -205,6 +210,72 @@ def test_a_batch_is_one_fetch():
     batches = list(loader)
     assert [len(labels) for _, labels in batches] == [4, 4, 2]
     assert torch.cat([labels for _, labels in batches]).tolist() == list(range(10))
+
+
+def test_stored_images_are_those_in_memory(image_folder, tmp_path):
+    options = {"classes": ["dog", "cat"], "resolution": 8, "cache_dir": str(tmp_path / "cache")}
+    stored, loaded = (load(str(image_folder), **options) for load in (open_image_dataset, load_image_dataset))
+    assert stored.image_shape == loaded.image_shape == (3, 8, 8) and stored.num_bytes == loaded.images.nbytes
+    assert describe_split(*reversed(stratified_split(stored))) == describe_split(
+        *reversed(stratified_split(loaded))
+    )
+    # Of a part, out of order; in memory and by two processes.
+    rows = torch.randperm(40)[:30]
+    stored, loaded = (part.subset(rows) for part in (stored, loaded))
+    batches = []
+    for dataset, num_workers in ((stored, 2), (stored, 0), (stored.load(), 0), (loaded, 0)):
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            7,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(0),
+            num_workers=num_workers,
+            collate_fn=dataset.collate,
+        )
+        batches.append([torch.cat(parts) for parts in zip(*loader)])
+    for images, labels in batches[1:]:
+        assert torch.equal(images, batches[0][0]) and torch.equal(labels, batches[0][1])
+
+
+def test_an_unusable_image_is_one_clear_error_in_a_process_of_its_own(tmp_path):
+    folder = save_rows(tmp_path / "rows", label=[0, 0, 0])
+    stored = open_image_dataset(str(folder), resolution=8, cache_dir=str(tmp_path / "cache"))
+    images = list(stored.encoded["image"])
+    stored.encoded = datasets.Dataset.from_dict({"image": [images[0], None, images[2]]})
+    loader = torch.utils.data.DataLoader(stored, 3, num_workers=1, collate_fn=stored.collate)
+    with pytest.raises(UnusableImageError) as caught:
+        next(iter(loader))
+    assert str(caught.value) == "The image of row 1 cannot be used: it is missing."
+
+
+def test_memory_stays_the_same_over_a_pass_of_a_large_data_set(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "white").save(file, "PNG")
+    rows = {"image": [{"bytes": file.getvalue(), "path": None}] * 8000, "label": [0] * 8000}
+    rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    (tmp_path / "data").mkdir()
+    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    stored = open_image_dataset(str(tmp_path / "data"), resolution=64, cache_dir=str(tmp_path / "cache"))
+    limit = stored.num_bytes / 5
+    assert fits_memory(stored, None) and not fits_memory(stored, limit / 1e9)
+    loader = torch.utils.data.DataLoader(stored, 64, shuffle=True, collate_fn=stored.collate)
+    memory = []
+    for step, (images, _) in enumerate(loader):
+        assert images.eq(255).all()
+        if step >= 10:
+            memory.append(own_memory())
+    growth = max(memory) - memory[0]
+    print(
+        f"{stored.num_bytes / 1e6:.0f} MB of images were decoded, and the memory grew by {growth / 1e6:.1f} MB"
+    )
+    assert growth < limit / 4
+
+
+def own_memory() -> int:
+    """The memory of this process in bytes, without that of mapped files."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in status if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
 
 
 def test_flips_are_half_and_mirror():

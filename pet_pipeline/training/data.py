@@ -39,7 +39,7 @@ class UnusableImageError(ValueError):
     def __str__(self) -> str:
         # PyTorch raises the error of a worker process anew, with its traceback before the message.
         message = super().__str__()
-        return message[message.rfind("The image ") :]
+        return message[message.rfind("The image ") :].rstrip()
 
 
 class ImageSet(torch.utils.data.Dataset):
@@ -58,6 +58,10 @@ class ImageSet(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def has_images(self, num_images: int) -> bool:
+        """Whether there are so many images."""
+        return len(self) >= num_images
 
     def __getitems__(self, indices: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns uint8 images `(batch, channels, height, width)` and their labels."""

@@ -73,13 +73,13 @@ class StreamedImages(torch.utils.data.IterableDataset):
         """Returns the first images, at most `num_images`, or raises `ValueError` if there is none."""
         examples = list(islice(self, num_images))
         if not examples:
-            beside = f" beside the {len(self.held_out):,} held out: lower --validation_images"
-            raise ValueError(
-                f"The stream has no image of the classes {', '.join(self.class_names)}"
-                f"{beside if self.held_out else ''}."
-            )
+            raise ValueError(f"The stream has no image of the classes {', '.join(self.class_names)}.")
         images, labels = zip(*examples)
         return ImageDataset(torch.stack(images), torch.tensor(labels), self.class_names)
+
+    def has_images(self, num_images: int) -> bool:
+        """Whether the stream has so many images."""
+        return sum(1 for _ in islice(self, num_images)) == num_images
 
     def hold_out(
         self, num_images: int, shuffle_buffer_size: int, seed: int, earlier: dict[str, Any] | None = None
