@@ -15,6 +15,7 @@ from support.training_process import metrics, train
 from pet_pipeline import AdaptiveEDMScheduler, PetClassificationPipeline, PetDiffusionPipeline
 from pet_pipeline.__main__ import main
 from pet_pipeline.evaluation.metrics import FEATURE_EXTRACTORS
+from pet_pipeline.training import results
 from pet_pipeline.training.consistency import ConsistencyTeacher
 from pet_pipeline.training.options import parse_args
 
@@ -217,7 +218,9 @@ def test_tuning_a_saved_pipeline(finished_run, image_folder, tmp_path, monkeypat
 
     (tmp_path / "parts").mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "parts" / "checkpoint-1")
-    train(image_folder, tmp_path / "parts", resume_from_checkpoint="latest", **options)
+    monkeypatch.setattr(results, "NUM_EVALUATED", 4)
+    train(image_folder, tmp_path / "parts", resume_from_checkpoint="latest", evaluation_steps=1, **options)
+    assert [record["step"] for record in metrics(tmp_path / "parts") if "validation/kid" in record] == [1, 2]
     resumed = load_file(tmp_path / "parts" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(resumed[name], after[name]) for name in after)
 

@@ -265,9 +265,7 @@ def test_memory_stays_the_same_over_a_pass_of_a_large_data_set(tmp_path):
         if step >= 10:
             memory.append(own_memory())
     growth = max(memory) - memory[0]
-    print(
-        f"{stored.num_bytes / 1e6:.0f} MB of images were decoded, and the memory grew by {growth / 1e6:.1f} MB"
-    )
+    print(f"{stored.num_bytes / 1e6:.0f} MB were decoded, and the memory grew by {growth / 1e6:.1f} MB")
     assert growth < limit / 4
 
 

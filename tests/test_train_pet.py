@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from conftest import random_model
 from PIL import Image
 from safetensors.torch import load_file
 from support.features import Pixels
-from support.training_process import denoiser_weights, metrics, train
+from support.training_process import assert_equal, checkpoint_content, denoiser_weights, metrics, train
 
 import pet_pipeline.scheduling_adaptive_edm as train_pet_scheduler
 import train_pet
@@ -23,7 +24,14 @@ from pet_pipeline import (
     PetTransformer2DModel,
 )
 from pet_pipeline.__main__ import main
-from pet_pipeline.evaluation.metrics import FEATURE_EXTRACTORS, validation_loss
+from pet_pipeline.evaluation.images import generate_images
+from pet_pipeline.evaluation.metrics import (
+    FEATURE_EXTRACTORS,
+    image_features,
+    kernel_distance,
+    validation_loss,
+)
+from pet_pipeline.training import results
 from pet_pipeline.training.checkpointing import list_checkpoints
 from pet_pipeline.training.data import load_image_dataset, stratified_split, to_model_range
 from pet_pipeline.training.denoiser import adapt_model, frequency_variances
@@ -78,6 +86,32 @@ def test_a_run_validates_the_weights_that_it_saves_on_images_held_out(finished_r
     errors = validation_loss(pipeline.transformer, pipeline.scheduler, held_out.subset(torch.arange(3)))
     expected = sum(errors.values()) / len(errors)
     assert metrics(finished_run)[-1]["validation/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_kid_is_measured_on_the_weights_that_are_saved_and_changes_no_training(
+    image_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(FEATURE_EXTRACTORS, "efficientnet", Pixels)
+    monkeypatch.setattr(results, "NUM_EVALUATED", 6)
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", tmp_path / "assets")
+    for name, options in (("plain", {}), ("measured", {"evaluation_steps": 4})):
+        train(image_folder, tmp_path / name, **options)
+    plain, measured = (checkpoint_content(tmp_path / name / "checkpoint-6") for name in ("plain", "measured"))
+    assert_equal(plain, measured)
+    records = [record for record in metrics(tmp_path / "measured") if "validation/kid" in record]
+    assert [record["step"] for record in records] == [4, 6]
+    held_out = stratified_split(load_image_dataset(str(image_folder), ["cat", "dog"], 8), 0.1)[1]
+    pipeline = PetDiffusionPipeline.from_pretrained(tmp_path / "measured")
+    drawn = generate_images(pipeline, 6).images
+    expected, _ = kernel_distance(*(image_features(images, Pixels()) for images in (held_out.images, drawn)))
+    assert records[-1]["validation/kid"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_kid_without_its_packages_is_one_error_before_the_training(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ValueError, match=r"--evaluation_steps requires .*pet-pipeline\[eval\]"):
+        train(image_folder, tmp_path / "out", evaluation_steps=4)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_clock_ends_a_run(image_folder, tmp_path):
