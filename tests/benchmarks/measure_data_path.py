@@ -1,31 +1,81 @@
-"""Measures how many images a second the data path of `train_pet.py` delivers, ready for the model.
+"""Measures how many images a second the data path of `train_pet.py` delivers, and its memory.
 
-python tests/benchmarks/measure_data_path.py
+python tests/benchmarks/measure_data_path.py --dataset_name uoft-cs/cifar10
 """
 
+import argparse
 import time
+from collections.abc import Iterator
 
+import psutil
 import torch
 
-from pet_pipeline.training.data import ImageDataset, random_horizontal_flip, to_model_range
+from pet_pipeline.training.data import open_image_dataset, random_horizontal_flip, to_model_range
+from pet_pipeline.training.streaming import StreamedImages, open_image_stream
+
+
+def own_megabytes() -> float:
+    """The memory of this process and its children in MB, without that of files and shared pages."""
+    process = psutil.Process()
+    return sum(member.memory_full_info().uss for member in (process, *process.children(recursive=True))) / 1e6
+
+
+def passes(loader: torch.utils.data.DataLoader, seconds: float) -> Iterator[torch.Tensor]:
+    """Yields the images of whole passes until the time is over."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        for images, _ in loader:
+            yield images
 
 
 def main() -> None:
-    images = torch.randint(0, 256, (9000, 3, 32, 32), dtype=torch.uint8)
-    dataset = ImageDataset(images, torch.arange(9000) % 2, ["cat", "dog"])
-    print("| batch | fetched, images/s | fetched, in [-1, 1] and flipped, images/s |\n|---|---|---|")
-    for batch_size in (64, 256, 1024):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset_name", required=True)
+    parser.add_argument("--classes", nargs="+", default=["cat", "dog"])
+    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--num_workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--seconds", type=float, default=10, help="shortest time of a measurement")
+    parser.add_argument("--cache_dir")
+    args = parser.parse_args()
+
+    classes = None if args.classes == ["all"] else args.classes
+    options = {"classes": classes, "resolution": args.resolution, "cache_dir": args.cache_dir}
+    stored = open_image_dataset(args.dataset_name, **options)
+    stream = open_image_stream(args.dataset_name, **options)
+    stream.hold_out(512, shuffle_buffer_size=10_000, seed=0)
+    print(f"{len(stored):,} images are {stored.num_bytes / 1e6:.0f} MB when they are decoded.\n")
+    print(
+        "| images | loading processes | images/s | in [-1, 1] and flipped, images/s | memory grows by, MB |"
+    )
+    print("|---|---|---|---|---|")
+    kinds = [("on the fly", stored, number) for number in args.num_workers]
+    kinds += [("stream", stream, number) for number in args.num_workers if number <= stream.stream.num_shards]
+    for kind, dataset, num_workers in [*kinds, ("in memory", None, 0)]:
+        before = own_megabytes()
+        dataset = stored.load() if dataset is None else dataset
         loader = torch.utils.data.DataLoader(
-            dataset, batch_size, shuffle=True, drop_last=True, collate_fn=dataset.collate
+            dataset,
+            args.batch_size,
+            shuffle=not isinstance(dataset, StreamedImages),
+            drop_last=True,
+            collate_fn=dataset.collate,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
         )
-        rates = []
+        rates, memory = [], []
         for prepare in (lambda x: x, lambda x: random_horizontal_flip(to_model_range(x))):
             began, count = time.perf_counter(), 0
-            while time.perf_counter() - began < 3:
-                for batch, _ in loader:
-                    count += len(prepare(batch))
+            for step, images in enumerate(passes(loader, args.seconds)):
+                count += len(prepare(images))
+                if step % 1000 == 0:
+                    memory.append(own_megabytes())
             rates.append(count / (time.perf_counter() - began))
-        print(f"| {batch_size} | {rates[0]:,.0f} | {rates[1]:,.0f} |")
+        growth = max(memory) - before
+        print(f"| {kind} | {num_workers} | {rates[0]:,.0f} | {rates[1]:,.0f} | {growth:.0f} |")
+        del loader
 
 
 if __name__ == "__main__":
