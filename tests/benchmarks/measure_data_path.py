@@ -47,14 +47,11 @@ def main() -> None:
     stream = open_image_stream(args.dataset_name, **options)
     stream.hold_out(512, shuffle_buffer_size=10_000, seed=0)
     print(f"{len(stored):,} images are {stored.num_bytes / 1e6:.0f} MB when they are decoded.\n")
-    print(
-        "| images | loading processes | images/s | in [-1, 1] and flipped, images/s | memory grows by, MB |"
-    )
+    print("| images | loading processes | images/s | in [-1, 1] and flipped, images/s | memory, MB |")
     print("|---|---|---|---|---|")
     kinds = [("on the fly", stored, number) for number in args.num_workers]
     kinds += [("stream", stream, number) for number in args.num_workers if number <= stream.stream.num_shards]
     for kind, dataset, num_workers in [*kinds, ("in memory", None, 0)]:
-        before = own_megabytes()
         dataset = stored.load() if dataset is None else dataset
         loader = torch.utils.data.DataLoader(
             dataset,
@@ -70,11 +67,11 @@ def main() -> None:
             began, count = time.perf_counter(), 0
             for step, images in enumerate(passes(loader, args.seconds)):
                 count += len(prepare(images))
-                if step % 1000 == 0:
+                if step % 100 == 99:
                     memory.append(own_megabytes())
             rates.append(count / (time.perf_counter() - began))
-        growth = max(memory) - before
-        print(f"| {kind} | {num_workers} | {rates[0]:,.0f} | {rates[1]:,.0f} | {growth:.0f} |")
+        spread = f"{min(memory):.0f} to {max(memory):.0f}"
+        print(f"| {kind} | {num_workers} | {rates[0]:,.0f} | {rates[1]:,.0f} | {spread} |", flush=True)
         del loader
 
 
