@@ -1,5 +1,6 @@
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -133,11 +134,15 @@ def test_parquet_with_undecoded_and_missing_images(tmp_path):
         load(tmp_path / "missing", tmp_path)
 
 
-def test_bad_requests_are_one_clear_error(image_folder, tmp_path):
+def test_bad_requests_are_one_clear_error(image_folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no class 'unicorn'; it has bird, cat, dog"):
         load(image_folder, tmp_path, classes=["cat", "unicorn"])
     with pytest.raises(ValueError, match="once"):
         load(image_folder, tmp_path, classes=["cat", "cat"])
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100))
+    with pytest.raises(ValueError, match="60 decoded images take 0.0 GB of memory, but only 0.0 GB are free"):
+        load(image_folder, tmp_path)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="cannot be loaded"):
         load(tmp_path / "nowhere", tmp_path)
     damaged = tmp_path / "damaged"

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..training.data import ImageDataset, load_image_dataset, stratified_split
+from ..training.data import ImageDataset, load_image_dataset, open_image_dataset, stratified_split
 
 
 @dataclass
@@ -36,18 +36,21 @@ def load_reference(
     """Loads a data set for an evaluation, split as `train_pet.py` splits it.
 
     Args:
-        dataset_name (`str`), classes (`list[str]`), resolution (`int`): see [`load_image_dataset`].
+        dataset_name (`str`), classes (`list[str]`), resolution (`int`): see [`open_image_dataset`].
         split (`str`, defaults to `"train"`): the images that generated images are compared with: `"train"`
             for those trained on, `"validation"` for those held out, or another split of the data set.
         validation_fraction (`float`, defaults to 0.1), max_train_samples (`int`, *optional*): those of the
-            training, see [`stratified_split`] and `max_samples` of [`load_image_dataset`].
+            training, see [`stratified_split`] and `max_samples` of [`open_image_dataset`].
         train_split (`str`, defaults to `"train"`): the split of the data set that the training was given.
-        kwargs: further arguments of [`load_image_dataset`].
+        kwargs: further arguments of [`open_image_dataset`].
+
+    Raises:
+        ValueError: if the data set cannot be loaded, or if its images do not fit into the free memory.
     """
-    dataset = load_image_dataset(
+    dataset = open_image_dataset(
         dataset_name, classes, resolution, train_split, max_samples=max_train_samples, **kwargs
     )
-    train, validation = stratified_split(dataset, validation_fraction)
+    train, validation = (part.load() for part in stratified_split(dataset, validation_fraction))
     if split == "train":
         images = train
     elif split == "validation":

@@ -146,6 +146,13 @@ class StoredImages(ImageSet):
         return replace(self, labels=self.labels[indices], rows=self.rows[indices])
 
     def load(self) -> ImageDataset:
+        """Returns the images in memory; `ValueError` is raised if one is unusable, or if they do not fit."""
+        free = psutil.virtual_memory().available
+        if self.num_bytes > free:
+            raise ValueError(
+                f"{len(self):,} decoded images take {self.num_bytes / 1e9:.1f} GB of memory, but only "
+                f"{free / 1e9:.1f} GB are free."
+            )
         images = torch.empty(len(self), *self.image_shape, dtype=torch.uint8)
         for indices in self.rows.argsort().split(1000):  # in the order of the files, which is fast to read
             images[indices] = self.__getitems__(indices)[0]
@@ -233,17 +240,9 @@ def load_image_dataset(*args: Any, **kwargs: Any) -> ImageDataset:
     """Loads the images of a data set into memory; the arguments are those of [`open_image_dataset`].
 
     Raises:
-        ValueError: see [`open_image_dataset`]; also if an image cannot be used, or if the images do not fit
-            into the memory that is free.
+        ValueError: see [`open_image_dataset`] and [`StoredImages.load`].
     """
-    dataset = open_image_dataset(*args, **kwargs)
-    free = psutil.virtual_memory().available
-    if dataset.num_bytes > free:
-        raise ValueError(
-            f"{len(dataset):,} decoded images take {dataset.num_bytes / 1e9:.1f} GB of memory, but only "
-            f"{free / 1e9:.1f} GB are free."
-        )
-    return dataset.load()
+    return open_image_dataset(*args, **kwargs).load()
 
 
 def load_dataset(
