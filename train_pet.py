@@ -165,8 +165,8 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
         shuffle=not args.streaming,
         collate_fn=train_set.collate,
         num_workers=num_workers,
-        persistent_workers=num_workers > 0
-        and not args.streaming,  # a stream is given its epoch when they start
+        # The processes of a stream are told the epoch when they start.
+        persistent_workers=num_workers > 0 and not args.streaming,
         pin_memory=torch.cuda.is_available(),
         drop_last=is_enough,
         generator=torch.Generator().manual_seed(args.seed),

@@ -24,8 +24,13 @@ from .data import (
 )
 
 
+NUM_SAMPLED = 2000  # images after those held out, whose spectrum stands for that of the stream
+
+
 class StreamedImages(torch.utils.data.IterableDataset):
-    """The images of some classes of a stream, in an order that depends on the epoch, without those held out.
+    """The images of some classes of a stream.
+
+    A training must call [`hold_out`] first. A pass then has an order of its own.
 
     Args:
         stream (`datasets.IterableDataset`): the stream, whose images are not decoded.
@@ -70,16 +75,12 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.stream.set_epoch(epoch)
 
     def first(self, num_images: int) -> ImageDataset:
-        """Returns the first images, at most `num_images`, or raises `ValueError` if there is none."""
-        examples = list(islice(self, num_images))
-        if not examples:
-            raise ValueError(f"The stream has no image of the classes {', '.join(self.class_names)}.")
-        images, labels = zip(*examples)
-        return ImageDataset(torch.stack(images), torch.tensor(labels), self.class_names)
+        """Returns images that are not held out, at most `num_images`, in memory."""
+        return self.sample.first(num_images)
 
     def has_images(self, num_images: int) -> bool:
-        """Whether the stream has so many images."""
-        return sum(1 for _ in islice(self, num_images)) == num_images
+        """Whether the stream has so many images, as far as it was read."""
+        return len(self.sample) >= min(num_images, NUM_SAMPLED)
 
     def hold_out(
         self, num_images: int, shuffle_buffer_size: int, seed: int, earlier: dict[str, Any] | None = None
@@ -90,10 +91,20 @@ class StreamedImages(torch.utils.data.IterableDataset):
         [`describe_split`] returned for the training to continue.
 
         Raises:
-            ValueError: if all these images are of one of several classes, or if they are others than those
-                held out before.
+            ValueError: if there are no other images, if all held-out images are of one of several classes, or
+                if they are others than those held out before.
         """
-        held_out = self.first(num_images)
+        examples = list(islice(self, num_images + NUM_SAMPLED))
+        if len(examples) <= num_images:
+            raise ValueError(
+                f"The stream has {len(examples):,} images of the classes {', '.join(self.class_names)}, but "
+                f"--validation_images holds out {num_images:,}."
+            )
+        images, labels = torch.stack([image for image, _ in examples]), torch.tensor([y for _, y in examples])
+        held_out, self.sample = (
+            ImageDataset(images[part], labels[part], self.class_names)
+            for part in (slice(num_images), slice(num_images, None))
+        )
         if len(self.class_names) > 1 and len(held_out.labels.unique()) == 1:
             raise ValueError(
                 f"The stream begins with {len(held_out):,} images of one class, but --streaming needs a data "
