@@ -20,7 +20,7 @@ from pet_pipeline.evaluation.images import (
 from pet_pipeline.evaluation.metrics import FEATURE_EXTRACTORS, validation_loss
 from pet_pipeline.evaluation.reference import Reference, balanced_subset, load_reference
 from pet_pipeline.evaluation.tables import markdown_table
-from pet_pipeline.training.data import ImageDataset, load_image_dataset, stratified_split
+from pet_pipeline.training.data import ImageDataset, StoredImages, load_image_dataset, stratified_split
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +167,20 @@ def test_reference_splits(image_folder):
     assert validation.images is validation.validation and len(validation.validation) == 4
     with pytest.raises(ValueError, match="split 'moon'"):
         load_reference(str(image_folder), ["cat", "dog"], 8, "moon")
+
+
+def test_images_that_do_not_fit_into_memory_are_measured_the_same(pipeline, image_folder, monkeypatch):
+    records, grids = [], []
+    for fits in (True, False):
+        monkeypatch.setattr("pet_pipeline.evaluation.reference.fits_memory", lambda dataset, fits=fits: fits)
+        reference = load_reference(str(image_folder), ["cat", "dog"], 8)
+        assert isinstance(reference.train, ImageDataset if fits else StoredImages)
+        record, generated = evaluate(
+            pipeline, reference, Pixels(), 8, with_floors=True, num_inference_steps=1
+        )
+        records.append((record["measures"], record["floors"]))
+        grids.append(neighbor_grid(generated.images, reference).tobytes())
+    assert records[0] == records[1] and grids[0] == grids[1]
 
 
 def test_a_reference_is_split_as_its_training_was(image_folder):

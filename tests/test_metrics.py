@@ -58,7 +58,7 @@ def test_nearest_neighbors_see_mirrored_copies_and_merge_duplicates():
     images = torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     images[1] = images[0] + 0.01  # a near-duplicate
     samples = torch.stack([images[0], images[5].flip(-1) + 0.02, torch.zeros(3, 8, 8)])
-    neighbors = nearest_neighbors(samples, images, chunk_size=2)
+    neighbors = nearest_neighbors(samples, images, chunk_size=3)
     assert neighbors.indices[:2].tolist() == [0, 5]
     assert neighbors.distances[:2].tolist() == pytest.approx([0, 0.02], abs=1e-3)
     assert (neighbors.second_distances > 0.4).all()

@@ -243,7 +243,7 @@ class Handlers:
     def find_neighbors(self, pictures: list[Picture]) -> Iterator[tuple]:
         """Yields the training images that are closest to the pictures, and whether the page shows them."""
         assert self.reference is not None
-        images, found = self.reference.train.images, ""
+        images, found = self.reference.train.load().images, ""
         if pictures:
             (found,) = stream(lambda report: neighbors_html(pictures, images), self.closed)
         yield found, gr.Accordion(visible=bool(found))

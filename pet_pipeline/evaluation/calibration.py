@@ -19,7 +19,7 @@ from ..pipeline_pet_classification import (
     pool_tokens,
 )
 from ..probe_pet import PetLinearProbe
-from ..training.data import ImageDataset
+from ..training.data import ImageDataset, ImageSet
 from .reference import balanced_subset
 
 
@@ -208,7 +208,7 @@ def fit_linear(
 
 def fit_probe(
     pipeline: PetClassificationPipeline,
-    train: ImageDataset,
+    train: ImageSet,
     validation: ImageDataset,
     batch_size: int = 64,
 ) -> tuple[PetLinearProbe, torch.Tensor]:
@@ -218,7 +218,7 @@ def fit_probe(
 
     Args:
         pipeline ([`PetClassificationPipeline`]): the denoiser.
-        train ([`ImageDataset`]): images that the denoiser was trained on.
+        train ([`ImageSet`]): images that the denoiser was trained on.
         validation ([`ImageDataset`]): images that it was not trained on.
         batch_size (`int`, defaults to 64): number of evaluations at once.
 

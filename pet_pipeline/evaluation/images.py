@@ -109,7 +109,7 @@ def measure_images(
     real = balanced_subset(reference.images, len(images))
     real_features = image_features(real.images, extractor, cache=True)
     features = image_features(images, extractor, cache=cache)
-    neighbors = nearest_neighbors(to_model_range(images), to_model_range(reference.train.images))
+    neighbors = nearest_neighbors(to_model_range(images), reference.train)
     kid, kid_std = kernel_distance(real_features, features)
     precision, recall = precision_recall(real_features, features)
     name = extractor.name.lower()
@@ -190,10 +190,10 @@ def neighbor_grid(images: torch.Tensor, reference: Reference, num_images: int = 
         reference ([`Reference`]): holds the training images.
         num_images (`int`, defaults to 12): number of images, of which the most likely copy comes first.
     """
-    neighbors = nearest_neighbors(to_model_range(images), to_model_range(reference.train.images))
+    neighbors = nearest_neighbors(to_model_range(images), reference.train)
     ratios = neighbors.distances / neighbors.second_distances
     rows = ratios.argsort()[:num_images]
-    pairs = images[rows], reference.train.images[neighbors.indices[rows]]
+    pairs = images[rows], reference.train.subset(neighbors.indices[rows]).load().images
     return image_grid(
         [[array_image(image) for image in row] for row in pairs],
         ["generated", "nearest training image"],
@@ -271,9 +271,7 @@ def evaluate(
         "measures": measure_images(generated.images, generated.labels, reference, extractor, classifier),
     }
     if validation_images and not pipeline.is_tuned:
-        held_out = reference.validation.subset(
-            torch.arange(min(validation_images, len(reference.validation)))
-        )
+        held_out = reference.validation.first(validation_images)
         # The schedulers of diffusers do not have the method for the training target.
         scheduler = AdaptiveEDMScheduler.from_config(pipeline.scheduler.config)
         errors = validation_loss(pipeline.transformer, scheduler, held_out, batch_size)

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..scheduling_adaptive_edm import AdaptiveEDMScheduler
-from ..training.data import ImageDataset, to_model_range
+from ..training.data import ImageDataset, ImageSet, to_model_range
 
 
 # 16 levels, evenly spaced in ln σ from e^-4.5 (0.011) to e^3 (20).
@@ -110,28 +111,44 @@ def pixel_distances(samples: torch.Tensor, training_images: torch.Tensor) -> tor
 @torch.no_grad()
 def nearest_neighbors(
     samples: torch.Tensor,
-    training_images: torch.Tensor,
+    training_images: torch.Tensor | ImageSet,
     duplicate_distance: float = 0.1,
-    chunk_size: int = 256,
+    chunk_size: int = 1000,
 ) -> NearestNeighbors:
     """Finds the two training images that are nearest to each sample, by [`pixel_distances`].
 
     Args:
         samples (`torch.Tensor` of shape `(N, channels, height, width)`): images in [-1, 1].
-        training_images (`torch.Tensor` of shape `(M, channels, height, width)`): images in [-1, 1], at least
-            two.
+        training_images (`torch.Tensor` of shape `(M, channels, height, width)`, or [`ImageSet`]): images in
+            [-1, 1], at least two. A set of images is read in two passes, and need not fit into memory.
         duplicate_distance (`float`, defaults to 0.1): a training image closer than this to the nearest one
             counts as a copy of the nearest one, and not as the second nearest.
-        chunk_size (`int`, defaults to 256): number of samples that are compared at once.
+        chunk_size (`int`, defaults to 1000): number of training images that are compared at once.
     """
-    results = []
-    for chunk in samples.split(chunk_size):
-        distances = pixel_distances(chunk, training_images)
-        nearest, indices = distances.min(1)
-        copies = pixel_distances(training_images[indices], training_images) < duplicate_distance
-        copies[torch.arange(len(chunk)), indices] = True
-        results.append((indices, nearest, distances.masked_fill(copies, math.inf).min(1).values))
-    return NearestNeighbors(*(torch.cat(column) for column in zip(*results)))
+
+    def chunks() -> Iterator[torch.Tensor]:
+        if isinstance(training_images, torch.Tensor):
+            return iter(training_images.split(chunk_size))
+        return (to_model_range(images) for images, _ in training_images.batches(chunk_size))
+
+    nearest, indices, start = torch.full((len(samples),), math.inf), torch.zeros(len(samples)).long(), 0
+    nearest_images = samples.clone()
+    for chunk in chunks():
+        distances, places = pixel_distances(samples, chunk).min(1)
+        is_nearer = distances < nearest
+        nearest, indices = (
+            torch.where(is_nearer, new, old) for new, old in ((distances, nearest), (places + start, indices))
+        )
+        nearest_images[is_nearer] = chunk[places[is_nearer]]
+        start += len(chunk)
+    second, start = torch.full((len(samples),), math.inf), 0
+    for chunk in chunks():
+        is_copy = pixel_distances(nearest_images, chunk) < duplicate_distance
+        is_copy |= indices[:, None] == torch.arange(start, start + len(chunk))
+        distances = pixel_distances(samples, chunk).masked_fill(is_copy, math.inf)
+        second = torch.minimum(second, distances.min(1).values)
+        start += len(chunk)
+    return NearestNeighbors(indices, nearest, second)
 
 
 class FeatureExtractor(nn.Module):

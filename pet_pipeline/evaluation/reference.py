@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..training.data import ImageDataset, load_image_dataset, open_image_dataset, stratified_split
+from ..training.data import ImageDataset, ImageSet, fits_memory, open_image_dataset, stratified_split
 
 
 @dataclass
@@ -13,14 +13,14 @@ class Reference:
     """The real images of an evaluation.
 
     Args:
-        train ([`ImageDataset`]): the images that `train_pet.py` trains on, among which copies are looked for.
-        validation ([`ImageDataset`]): the images that `train_pet.py` holds out.
-        images ([`ImageDataset`]): the images that generated images are compared with.
+        train ([`ImageSet`]): the images that `train_pet.py` trains on, among which copies are looked for.
+        validation ([`ImageSet`]): the images that `train_pet.py` holds out.
+        images ([`ImageSet`]): the images that generated images are compared with.
     """
 
-    train: ImageDataset
-    validation: ImageDataset
-    images: ImageDataset
+    train: ImageSet
+    validation: ImageSet
+    images: ImageSet
 
 
 def load_reference(
@@ -35,6 +35,8 @@ def load_reference(
 ) -> Reference:
     """Loads a data set for an evaluation, split as `train_pet.py` splits it.
 
+    Images that would take more than half of the free memory are decoded when they are needed.
+
     Args:
         dataset_name (`str`), classes (`list[str]`), resolution (`int`): see [`open_image_dataset`].
         split (`str`, defaults to `"train"`): the images that generated images are compared with: `"train"`
@@ -43,28 +45,27 @@ def load_reference(
             training, see [`stratified_split`] and `max_samples` of [`open_image_dataset`].
         train_split (`str`, defaults to `"train"`): the split of the data set that the training was given.
         kwargs: further arguments of [`open_image_dataset`].
-
-    Raises:
-        ValueError: if the data set cannot be loaded, or if its images do not fit into the free memory.
     """
     dataset = open_image_dataset(
         dataset_name, classes, resolution, train_split, max_samples=max_train_samples, **kwargs
     )
-    train, validation = (part.load() for part in stratified_split(dataset, validation_fraction))
+    train, validation = stratified_split(
+        dataset.load() if fits_memory(dataset) else dataset, validation_fraction
+    )
     if split == "train":
         images = train
     elif split == "validation":
         images = validation
     else:
-        images = load_image_dataset(dataset_name, classes, resolution, split, **kwargs)
+        images = open_image_dataset(dataset_name, classes, resolution, split, **kwargs)
     return Reference(train, validation, images)
 
 
-def balanced_subset(dataset: ImageDataset, num_images: int, start: int = 0) -> ImageDataset:
+def balanced_subset(dataset: ImageSet, num_images: int, start: int = 0) -> ImageDataset:
     """Returns `num_images` images in equal shares of each class, beginning at image `start` of each class."""
     num_classes = len(dataset.class_names)
     rows = []
     for label in range(num_classes):
         count = (num_images - label + num_classes - 1) // num_classes
         rows.append((dataset.labels == label).nonzero().flatten()[start : start + count])
-    return dataset.subset(torch.cat(rows))
+    return dataset.subset(torch.cat(rows)).load()

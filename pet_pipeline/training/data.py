@@ -226,7 +226,7 @@ def open_image_dataset(
     return StoredImages(encoded, ordered_rows, ordered_labels, classes, resolution, image_mode)
 
 
-def fits_memory(dataset: StoredImages, max_memory_gb: float | None) -> bool:
+def fits_memory(dataset: StoredImages, max_memory_gb: float | None = None) -> bool:
     """Whether the decoded images of a data set are to be held in memory.
 
     The default of `max_memory_gb` is half of the memory that is free, which the processes on this machine
