@@ -238,7 +238,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="adaptive",
         help="draw of noise levels; with the learned weighting, `adaptive` stays close to `fixed`",
     )
-    add("--p_mean", type=float, default=-1.6, help="mean of ln σ in the training proposal")
+    add(
+        "--p_mean",
+        type=float,
+        default=-1.6,
+        help="mean of ln σ in the training proposal; docs/training.md advises on sizes other than 32",
+    )
     add("--p_std", type=float, default=1.4, help="standard deviation of ln σ in the training proposal")
     add(
         "--prediction_type",
