@@ -49,7 +49,7 @@ def test_loading_processes_share_the_files_of_a_stream(shuffled_files, tmp_path)
     assert len(images) == 54
 
 
-def test_streams_of_other_labels(tmp_path):
+def test_streams_of_other_labels(image_folder, tmp_path):
     numbers = save_rows(tmp_path / "numbers", label=[10, 2, 10, 3])
     with pytest.raises(ValueError, match="'label' have no list of names, .* with --classes"):
         stream_of(numbers, tmp_path)
@@ -61,6 +61,8 @@ def test_streams_of_other_labels(tmp_path):
     ]
     plain = stream_of(save_rows(tmp_path / "plain", caption=["x", "y"]), tmp_path, image_mode="L")
     assert plain.class_names == ["image"] and [image.shape for image, _ in plain] == [(1, 8, 8)] * 2
+    folder = stream_of(image_folder / "cat", tmp_path)
+    assert folder.class_names == ["image"] and len(list(folder)) == 20
     with pytest.raises(ValueError, match="no class 'cat'; it has no labels"):
         stream_of(tmp_path / "plain", tmp_path, ["cat"])
 
