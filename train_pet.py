@@ -59,8 +59,8 @@ from pet_pipeline.training.data import (
     ImageSet,
     UnusableImageError,
     describe_split,
-    fits_memory,
     image_mode,
+    load_if_small,
     open_image_dataset,
     random_horizontal_flip,
     split_dataset,
@@ -126,9 +126,10 @@ def load_data(
         return stream, stream.hold_out(
             args.validation_images, args.shuffle_buffer_size, args.seed, earlier_split
         )
-    stored = open_image_dataset(**common, max_samples=args.max_train_samples)
-    dataset = stored.load() if fits_memory(stored, args.max_memory_gb) else stored
-    return split_dataset(dataset, args.validation_fraction, earlier_split)
+    dataset = open_image_dataset(**common, max_samples=args.max_train_samples)
+    split = split_dataset(dataset, args.validation_fraction, earlier_split)
+    train_set, held_out_set = load_if_small(split, args.max_memory_gb)
+    return train_set, held_out_set
 
 
 def prepare(args: argparse.Namespace, state: TrainingState) -> Training:

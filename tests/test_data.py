@@ -12,9 +12,9 @@ from pet_pipeline.training.data import (
     ImageDataset,
     UnusableImageError,
     describe_split,
-    fits_memory,
     image_mode,
     image_to_tensor,
+    load_if_small,
     load_image_dataset,
     open_image_dataset,
     random_horizontal_flip,
@@ -262,7 +262,8 @@ def test_memory_stays_the_same_over_a_pass_of_a_large_data_set(tmp_path):
     rows.to_parquet(tmp_path / "data" / "train.parquet")
     stored = open_image_dataset(str(tmp_path / "data"), resolution=64, cache_dir=str(tmp_path / "cache"))
     limit = stored.num_bytes / 5
-    assert fits_memory(stored, None) and not fits_memory(stored, limit / 1e9)
+    assert isinstance(load_if_small([stored])[0], ImageDataset)
+    assert load_if_small([stored], max_memory_gb=limit / 1e9) == [stored]
     loader = torch.utils.data.DataLoader(stored, 64, shuffle=True, collate_fn=stored.collate)
     memory = []
     for step, (images, _) in enumerate(loader):

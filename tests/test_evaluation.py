@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,7 +173,8 @@ def test_reference_splits(image_folder):
 def test_images_that_do_not_fit_into_memory_are_measured_the_same(pipeline, image_folder, monkeypatch):
     records, grids = [], []
     for fits in (True, False):
-        monkeypatch.setattr("pet_pipeline.evaluation.reference.fits_memory", lambda dataset, fits=fits: fits)
+        available = SimpleNamespace(available=16_000 if fits else 15_000)  # the images take 7,680 bytes
+        monkeypatch.setattr("psutil.virtual_memory", lambda available=available: available)
         reference = load_reference(str(image_folder), ["cat", "dog"], 8)
         assert isinstance(reference.train, ImageDataset if fits else StoredImages)
         record, generated = evaluate(

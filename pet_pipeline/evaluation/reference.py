@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..training.data import ImageDataset, ImageSet, fits_memory, open_image_dataset, stratified_split
+from ..training.data import ImageDataset, ImageSet, load_if_small, open_image_dataset, stratified_split
 
 
 @dataclass
@@ -49,11 +49,9 @@ def load_reference(
     dataset = open_image_dataset(
         dataset_name, classes, resolution, train_split, max_samples=max_train_samples, **kwargs
     )
-    train, validation = stratified_split(
-        dataset.load() if fits_memory(dataset) else dataset, validation_fraction
-    )
+    train, validation = load_if_small(stratified_split(dataset, validation_fraction))
     if split == "train":
-        images = train
+        images: ImageSet = train
     elif split == "validation":
         images = validation
     else:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -39,7 +39,7 @@ class UnusableImageError(ValueError):
     def __str__(self) -> str:
         # PyTorch raises the error of a worker process anew, with its traceback before the message.
         message = super().__str__()
-        return message[message.rfind("The image ") :].rstrip()
+        return message[message.rfind("The image of ") :].rstrip()
 
 
 class ImageSet(torch.utils.data.Dataset):
@@ -137,7 +137,7 @@ class StoredImages(ImageSet):
         rows = self.rows[indices].tolist()
         (column,) = self.encoded[rows].values()
         images = [
-            decode_image(image, self.resolution, self.image_mode, f"of row {row}")
+            decode_image(image, self.resolution, self.image_mode, f"row {row}")
             for row, image in zip(rows, column)
         ]
         return torch.stack(images), self.labels[indices]
@@ -165,14 +165,14 @@ Images = TypeVar("Images", bound=ImageSet)
 def decode_image(encoded: Any, resolution: int, mode: str, place: str) -> torch.Tensor:
     """Returns the uint8 tensor of an image that `datasets` has not decoded; see [`image_to_tensor`].
 
-    `UnusableImageError` is raised if that is impossible; its message calls the image "The image `place`".
+    `UnusableImageError` is raised if that is impossible. Its message begins with "The image of" and `place`.
     """
     try:
         if encoded is None:
             raise ValueError("it is missing.")
         return image_to_tensor(datasets.Image().decode_example(encoded), resolution, mode)
     except (ValueError, OSError) as error:  # OSError: an image that cannot be decoded
-        raise UnusableImageError(f"The image {place} cannot be used: {error}") from None
+        raise UnusableImageError(f"The image of {place} cannot be used: {error}") from None
 
 
 def open_image_dataset(
@@ -226,14 +226,17 @@ def open_image_dataset(
     return StoredImages(encoded, ordered_rows, ordered_labels, classes, resolution, image_mode)
 
 
-def fits_memory(dataset: StoredImages, max_memory_gb: float | None = None) -> bool:
-    """Whether the decoded images of a data set are to be held in memory.
+def load_if_small(
+    parts: Sequence[StoredImages], max_memory_gb: float | None = None
+) -> Sequence[StoredImages] | Sequence[ImageDataset]:
+    """Loads the parts of a data set into memory if all of them fit there, and otherwise returns them.
 
     The default of `max_memory_gb` is half of the memory that is free, which the processes on this machine
     share.
     """
     limit = psutil.virtual_memory().available / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return dataset.num_bytes <= (limit if max_memory_gb is None else max_memory_gb * 1e9)
+    fits = sum(part.num_bytes for part in parts) <= (limit if max_memory_gb is None else max_memory_gb * 1e9)
+    return [part.load() for part in parts] if fits else parts
 
 
 def load_image_dataset(*args: Any, **kwargs: Any) -> ImageDataset:

@@ -103,7 +103,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
                 parser.error(f"--{name} has no effect with --objective consistency")
     for name in NOT_FOR_STREAMS:
         if args.streaming and is_given(name):
-            parser.error(f"--{name} cannot be used with --streaming, since the length of a stream is unknown")
+            parser.error(f"--{name} cannot be used with --streaming: a stream has no known length and size")
     if is_given("shuffle_buffer_size") and not args.streaming:
         parser.error("--shuffle_buffer_size requires --streaming")
     if args.lora_rank is not None and args.pretrained_model_name_or_path is None:

@@ -66,7 +66,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
             if label is None:
                 continue
             encoded = example[self.image_column]
-            image = decode_image(encoded, self.image_shape[-1], self.image_mode, "of the stream")
+            image = decode_image(encoded, self.image_shape[-1], self.image_mode, "the stream")
             if image_digests(image[None])[0] not in self.held_out:
                 yield image, label
 
