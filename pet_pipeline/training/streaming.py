@@ -181,5 +181,6 @@ def open_image_stream(
         )
     class_names = choose_classes(classes, names)
     class_ids = {label_of[name]: class_id for class_id, name in enumerate(class_names)}
+    stream = stream.select_columns([name for name in (image_column, label_column) if name is not None])
     stream = stream.cast_column(image_column, datasets.Image(decode=False))
     return StreamedImages(stream, image_column, label_column, class_ids, class_names, resolution, image_mode)
