@@ -179,7 +179,7 @@ class TrainingResults:
 def load_features(device: torch.device) -> FeatureExtractor:
     """Loads the features of `--evaluation_steps`, or raises `ValueError` if a package is missing."""
     try:
-        import torchmetrics  # noqa: F401, which the distance needs
+        import torch_fidelity  # noqa: F401, which the distance needs
 
         return FEATURE_EXTRACTORS["efficientnet"]().to(device)
     except ImportError as error:
