@@ -38,7 +38,7 @@ def main() -> None:
                 page.locator("#classes input").first.check(timeout=PATIENCE)
                 page.get_by_label("Images").fill(str(args.num_images))
                 for request in range(3):
-                    page.get_by_label("Seed").fill(str(100 * request))
+                    page.get_by_role("spinbutton", name="Seed").fill(str(100 * request))
                     page.get_by_role("button", name="Generate", exact=True).click()
                     expect(page.locator("#status")).to_have_text(re.compile("images? in"), timeout=PATIENCE)
                     print(page.locator("#status").inner_text())
