@@ -46,6 +46,19 @@ element.addEventListener("change", (event) => {
     strip.hidden = strip.dataset.index !== event.target.value;
 });
 """
+# A picture that is dropped on a tab is handed over to it, as by its button.
+DROP_ON_TAB = """
+let picture;
+const buttonFor = (tab) => picture?.querySelector(`[data-event="${tab?.textContent.trim().toLowerCase()}"]`);
+document.addEventListener("dragstart", (event) => { picture = event.target.closest?.("figure"); });
+document.addEventListener("dragover", (event) => {
+  if (buttonFor(event.target.closest("[role=tab]"))) event.preventDefault();
+});
+document.addEventListener("drop", (event) => {
+  const button = buttonFor(event.target.closest("[role=tab]"));
+  if (button) { event.preventDefault(); button.click(); }
+});
+"""
 # What has the focus is not shown any more when another tab is.
 FOCUS_TAB = """() => {
   document.querySelector("[role=tab][aria-selected=true]").focus();
@@ -334,7 +347,7 @@ def build_app(
         about = f"Images of {size}×{size} pixels by diffusion: {', '.join(handlers.names)}."
         # This is HTML because in Markdown, the name of a class could load an image.
         head = f'<div class="pet-head"><h1>pet_pipeline</h1><p>{html.escape(about)}</p></div>'
-        gr.HTML(head, js_on_load=TELL_EXPANDED)
+        gr.HTML(head, js_on_load=TELL_EXPANDED + DROP_ON_TAB)
         with gr.Tabs() as tabs:
             generated = add_generate_tab(handlers)
             edited, to_edit, name = add_edit_tab(handlers)
