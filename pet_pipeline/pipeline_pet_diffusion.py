@@ -149,6 +149,11 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         if class_labels is None:
             class_labels = list(range(num_classes))
         is_mixed = isinstance(class_labels, torch.Tensor) and class_labels.is_floating_point()
+        models = [self.transformer, *([] if self.guide is None else [self.guide])]
+        if is_mixed and not all(getattr(model, "takes_class_weights", False) for model in models):
+            raise ValueError(
+                "Weights of classes need models that take them, as `PetTransformer2DModel` does; pass labels."
+            )
         if is_mixed and (class_labels.shape[1:] != (num_classes,) or not class_labels.isfinite().all()):
             raise ValueError(
                 f"Weights of classes in `class_labels` must be finite and of shape (batch, {num_classes}), "
@@ -272,7 +277,8 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         Args:
             class_labels (`str`, `int`, or a list or tensor of them, *optional*): a class name or id for each
                 image. `None` means one image of every class. A floating tensor of shape
-                `(batch, num_classes)` mixes classes: its rows are weights of their embeddings.
+                `(batch, num_classes)` mixes classes: its rows are weights of their embeddings, which
+                [`PetTransformer2DModel`] takes.
             num_inference_steps (`int`, *optional*): number of denoising steps. `None` means the number in the
                 pipeline's config.
             sigmas (`list[float]` or `torch.Tensor`, *optional*): noise levels that replace the scheduler's,

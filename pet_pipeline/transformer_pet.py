@@ -185,8 +185,7 @@ class PetTransformerBlock(nn.Module):
             # Autocast would leave the bias, and with it all that is modulated, in float32.
             bias = self.modulation_bias.to(modulation.dtype)
             modulation = modulation[:, -len(bias) :] + bias
-        parts = modulation.unsqueeze(1).split(hidden_states.shape[-1], dim=-1)
-        *attn_parts, shift, scale, gate = parts  # (N, 1, dim) each
+        *attn_parts, shift, scale, gate = modulation.unsqueeze(1).split(hidden_states.shape[-1], dim=-1)
         if self.norm1 is not None and self.attn is not None:
             shift_attn, scale_attn, gate_attn = attn_parts
             attn_input = torch.addcmul(shift_attn, self.norm1(hidden_states), 1 + scale_attn)
@@ -340,6 +339,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _repeated_blocks = ["PetTransformerBlock"]
     _skip_layerwise_casting_patterns = ["patch_embed", "norm", "class_embedding"]
     _auto_class = "AutoModel"  # the class of diffusers that loads a saved model with its source file
+    takes_class_weights = True  # as `class_labels`
 
     @register_to_config
     def __init__(
@@ -529,7 +529,8 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             `Transformer2DModelOutput` or `tuple`: `sample` of shape `(batch, in_channels, height, width)`.
 
         Raises:
-            ValueError: if the image has other channels or no whole number of patches, or no layer is such.
+            ValueError: if the image has another number of channels or is not a whole number of patches, or a
+                layer does not exist.
         """
         batch, channels, image_height, image_width = hidden_states.shape
         patch_size = self.config.patch_size
@@ -555,16 +556,14 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         image = hidden_states
 
         # c_noise spans about [-1.6, 1.1], which 0.25 to 25 radians per unit resolve without aliasing.
-        frequencies = get_timestep_embedding(
-            timestep, 256, downscale_freq_shift=0, scale=25.0, max_period=100
-        )
-        conditioning = self.time_embedding(frequencies.to(hidden_states.dtype))
+        encoded = get_timestep_embedding(timestep, 256, downscale_freq_shift=0, scale=25.0, max_period=100)
+        conditioning = self.time_embedding(encoded.to(hidden_states.dtype))
         class_labels = self.config.num_classes if class_labels is None else class_labels
-        class_labels = torch.as_tensor(class_labels, device=hidden_states.device)
-        if class_labels.is_floating_point():
-            embedded = class_labels.to(conditioning) @ self.class_embedding.weight.to(conditioning)
-        else:
-            embedded = self.class_embedding(class_labels.reshape(-1).expand(batch)).to(conditioning)
+        labels = torch.as_tensor(class_labels, device=hidden_states.device)
+        is_mixed = labels.is_floating_point()
+        ids = torch.arange(self.config.num_classes + 1, device=labels.device) if is_mixed else labels
+        embedded = self.class_embedding(ids.reshape(-1)).to(conditioning)
+        embedded = labels.to(conditioning) @ embedded if is_mixed else embedded.expand(batch, -1)
         conditioning = F.silu(conditioning + embedded)  # (N, D)
 
         hidden_states = self.add_positions(self.patch_embed(hidden_states), height, width, patch_size)
@@ -577,8 +576,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             hidden_states = F.pixel_unshuffle(tokens_to_grid(hidden_states, height, width), 2)
             hidden_states = self.add_positions(self.merge(grid_to_tokens(hidden_states)), *grid, multiple)
         for index, block in enumerate(self.transformer_blocks):
-            is_perturbed = index in perturbed_layers
-            hidden_states = self.run_block(block, hidden_states, modulation, *grid, is_perturbed)
+            hidden_states = self.run_block(block, hidden_states, modulation, *grid, index in perturbed_layers)
             if index == feature_layer:
                 return Transformer2DModelOutput(sample=hidden_states) if return_dict else (hidden_states,)
         if self.config.outer_layers:

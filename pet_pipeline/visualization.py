@@ -189,7 +189,7 @@ def interpolation(
 
     Between two points, the starting noise turns from one to the other (spherical interpolation, Shoemake
     1985), which keeps its variance, and the embedding of the class changes linearly. Solvers that add fresh
-    noise add the same to all frames.
+    noise add that of the first seed to all frames.
 
     Args:
         pipeline ([`PetDiffusionPipeline`]): the pipeline; its model must take weights as `class_labels`, as
@@ -226,11 +226,11 @@ def interpolation(
     frames: list[Image.Image] = []
     for first in range(0, len(labels), batch_size):
         batch = slice(first, first + batch_size)
+        generators = [torch.Generator().manual_seed(points[0][1]) for _ in labels[batch]]
+        for generator in generators:
+            torch.randn(shape, generator=generator)  # the noise of the steps follows the starting noise
         frames += pipeline(
-            torch.stack(labels[batch]),
-            latents=torch.stack(noises[batch]),
-            generator=[torch.Generator().manual_seed(points[0][1]) for _ in labels[batch]],
-            **kwargs,
+            torch.stack(labels[batch]), latents=torch.stack(noises[batch]), generator=generators, **kwargs
         ).images
     return frames
 
@@ -238,8 +238,8 @@ def interpolation(
 def save_animation(frames: list[Image.Image], path: str | Path, duration: int = 80, scale: int = 6) -> None:
     """Saves frames as an endless animation, enlarged without blur.
 
-    `path` ends in `.webp`, `.png` or `.gif`, which reduces each frame to 256 colours. A frame is shown for
-    `duration` milliseconds.
+    `path` ends in `.webp`, `.png` or `.gif`; a GIF reduces each frame to 256 colours. A frame is shown for
+    `duration` milliseconds, and has a white border of 4 pixels.
     """
     large = [image_grid([[frame]], scale=scale) for frame in frames]
     Path(path).parent.mkdir(parents=True, exist_ok=True)

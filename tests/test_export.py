@@ -128,10 +128,10 @@ def test_what_a_plan_cannot_describe_is_refused(saved, tmp_path, capsys):
         with pytest.raises(ValueError, match="multistep, euler or consistency"):
             export_onnx(pipe, tmp_path / "new")
     pipe.scheduler = AdaptiveEDMScheduler()
-    with pytest.raises(ValueError, match="no perturbed-attention guidance: use --pag_scale 0"):
+    with pytest.raises(ValueError, match="cannot describe perturbed-attention guidance: use --pag_scale 0"):
         export_onnx(pipe, tmp_path / "new", SampleSettings(pag_scale=0.5))
     pipe.guider = ClassifierFreeGuidance()
-    with pytest.raises(ValueError, match="no guider"):
+    with pytest.raises(ValueError, match="cannot describe a guider"):
         export_onnx(pipe, tmp_path / "new", SampleSettings(autoguidance_scale=1.0))
     words = ["export", str(saved), "--scheduler", "heun", "--out", str(tmp_path / "new")]
     assert main(words) == 1
@@ -139,47 +139,77 @@ def test_what_a_plan_cannot_describe_is_refused(saved, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_file_that_differs_from_pytorch_is_an_error(pipeline, tmp_path, monkeypatch):
+@pytest.mark.parametrize("value, difference", [(1, "[0-9.]+"), (np.nan, "nan")])
+def test_a_file_that_differs_from_pytorch_is_an_error(pipeline, tmp_path, monkeypatch, value, difference):
     def spoil(graph: onnx.GraphProto) -> None:
         (bias,) = (tensor for tensor in graph.initializer if tensor.name.endswith("model.proj_out.bias"))
-        bias.CopyFrom(onnx.numpy_helper.from_array(np.ones(bias.dims, np.float32), bias.name))
+        bias.CopyFrom(onnx.numpy_helper.from_array(np.full(bias.dims, value, np.float32), bias.name))
 
     monkeypatch.setattr(onnx_models, "_store_in_eight_bits", spoil)
-    with pytest.raises(ValueError, match="differs from PyTorch by [0-9.]+ of the root mean square"):
+    with pytest.raises(ValueError, match=f"differs from PyTorch by {difference} of the root mean square"):
         export_onnx(pipeline, tmp_path, weights="int8")
-    assert not (tmp_path / "sampling.json").exists()
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_probe_of_a_block_that_does_not_exist_is_one_error(tmp_path):
+    pipe = complete_pipeline()
+    pipe.register_modules(probe=PetLinearProbe(token_dim=16, layer=7))
+    with pytest.raises(ValueError, match="must be in .0, 1., but there is 7"):
+        networks = onnx_models._Classifier(PetClassificationPipeline.from_pipe(pipe))
+        onnx_models._write(
+            networks, {"images": torch.zeros(2, 3, 8, 8)}, "log_odds", tmp_path / "c.onnx", "int8"
+        )
+
+
+def test_other_files_are_not_touched(saved, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    assert main(["export", str(saved), "--web", "--out", str(saved)]) == 1
+    assert "holds other files; choose a folder that is new or empty" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
 
 
 def test_the_command_prints_the_differences(saved, tmp_path, capsys):
     out = tmp_path / "new" / "exported"
+    out.mkdir(parents=True)
+    for name in ("sampling.json", "guide.onnx"):  # of an earlier export
+        (out / name).write_text("{}")
     assert main(["export", str(saved), "--weights", "int8", "--steps", "3", "--out", str(out)]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert "transformer.onnx: 0." in first and first.endswith("(tolerance 0.1)")
     assert second.startswith("The model has no probe")
     plan = json.loads((out / "sampling.json").read_text())
     assert len(plan["steps"]) == 3
-    assert plan["files"] == {path.name: path.stat().st_size for path in out.glob("*.onnx")}
+    assert plan["files"] == {"transformer.onnx": (out / "transformer.onnx").stat().st_size}
+    assert not (out / "guide.onnx").exists()
 
 
-def test_a_page_without_npm_is_one_error(exported, tmp_path, capsys, monkeypatch):
+def test_a_page_without_npm_is_one_error(saved, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(web_page.shutil, "which", lambda name: None)
-    with pytest.raises(OSError, match="needs `npm`"):
-        web_page.write_page(tmp_path)
-    assert not any(tmp_path.iterdir())
+    assert main(["export", str(saved), "--web", "--out", str(tmp_path / "out")]) == 1
+    assert "needs `npm`" in capsys.readouterr().err
+    assert not any((tmp_path / "out").iterdir())
 
 
 # The page
 
 
-@pytest.fixture
-def address(exported):
-    """The address of the page of the int8 export, served by this machine."""
-    folder = exported / "int8"
+@pytest.fixture(scope="module")
+def page_files(tmp_path_factory) -> Path:
+    """The files of the page without those of a model."""
+    folder = tmp_path_factory.mktemp("page")
     try:
         web_page.write_page(folder)
     except OSError as error:
+        assert "404" not in str(error)  # the runtime does not exist
         pytest.skip(str(error))
-    with served(folder) as url:
+    return folder
+
+
+@pytest.fixture
+def address(exported, page_files):
+    """The address of the page of the int8 export, served by this machine."""
+    shutil.copytree(page_files, exported / "int8", dirs_exist_ok=True)
+    with served(exported / "int8") as url:
         yield url
 
 
@@ -244,6 +274,34 @@ def test_the_page_draws_and_classifies_on_its_own(exported, address, tmp_path):
         assert problems == []
 
 
+def test_the_page_adds_fresh_noise_and_shows_grey_images(page_files, tmp_path):
+    from playwright.sync_api import expect
+
+    pipe = PetDiffusionPipeline(
+        random_model(in_channels=1),
+        AdaptiveEDMScheduler(solver="consistency"),
+        guidance_scale=1.0,
+        num_inference_steps=2,
+    )
+    export_onnx(pipe, tmp_path)
+    shutil.copytree(page_files, tmp_path, dirs_exist_ok=True)
+    with served(tmp_path) as url, chromium() as browser:
+        page = browser.new_page()
+        page.goto(url)
+        page.get_by_label("Images").fill("1")
+        page.get_by_role("button", name="Generate", exact=True).click(timeout=60_000)
+        expect(page.locator("#status")).to_have_text(re.compile("^1 image in"), timeout=60_000)
+        shown = page.evaluate(
+            "[...document.querySelector('#images canvas').getContext('2d').getImageData(0, 0, 8, 8).data]"
+        )
+        assert not page.locator("#classification").is_visible()
+    shown = np.array(shown, np.uint8).reshape(8, 8, 4)
+    noises = list(page_noise(0, 128).reshape(2, 1, 1, 8, 8).astype(np.float32))
+    expected = (draw(tmp_path, [0], noises)[0, 0].clip(-1, 1) + 1) * 127.5
+    assert (shown[..., 3] == 255).all()
+    assert np.abs(shown[..., :3] - expected[..., None]).max() < 2 and expected.std() > 20
+
+
 def test_a_job_of_the_page_can_be_cancelled_and_fail(exported, address):
     from playwright.sync_api import expect
 
@@ -253,15 +311,17 @@ def test_a_job_of_the_page_can_be_cancelled_and_fail(exported, address):
         page.context.route("**/guide.onnx", lambda route: held.append(route))  # a download that does not come
         page.goto(address)
         page.get_by_label("cat").check(timeout=60_000)
-        page.get_by_role("button", name="Generate").click()
-        expect(page.get_by_role("button", name="Generate")).to_be_disabled()
+        page.get_by_role("button", name="Generate", exact=True).click()
+        expect(page.get_by_role("button", name="Generate", exact=True)).to_be_disabled()
         page.get_by_role("button", name="Cancel").click()
         expect(page.locator("#status")).to_have_text("Cancelled.")
+        expect(page.get_by_role("button", name="Generate", exact=True)).to_be_focused()
+        assert page.locator("#images figure").count() == 0
         page.context.unroute("**/guide.onnx")
         page.context.route("**/guide.onnx", lambda route: route.fulfill(status=404))
-        page.get_by_role("button", name="Generate").click()
+        page.get_by_role("button", name="Generate", exact=True).click()
         failed = re.compile("^This did not work: guide.onnx could not be downloaded: 404")
         expect(page.locator("#status")).to_have_text(failed, timeout=60_000)
         page.context.unroute("**/guide.onnx")
-        page.get_by_role("button", name="Generate").click()
+        page.get_by_role("button", name="Generate", exact=True).click()
         expect(page.locator("#status")).to_have_text(re.compile("^4 images in"), timeout=60_000)

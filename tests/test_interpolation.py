@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from conftest import random_model
 from PIL import Image
 
+from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline
 from pet_pipeline.__main__ import main
 from pet_pipeline.visualization import interpolation
 
@@ -62,6 +64,24 @@ def test_the_way_passes_through_its_points_with_noise_of_the_same_size(pipeline)
         assert frames[index].tobytes() == image.tobytes()
 
 
+def test_the_noise_of_the_steps_is_that_of_the_first_point(pipeline):
+    pipeline.scheduler = AdaptiveEDMScheduler(solver="consistency")
+    settings = {"num_inference_steps": 3, "guidance_scale": 1.0}
+    frames = interpolation(pipeline, [(1, 5), (0, 5), (0, 6)], num_frames=2, **settings)
+    for index, label in ((0, 1), (2, 0)):
+        generator = torch.Generator().manual_seed(5)
+        image = pipeline(label, generator=generator, **settings).images[0]
+        assert frames[index].tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("name", ["transformer", "guide"])
+def test_models_that_take_labels_only_are_refused(pipeline, name):
+    pipe = PetDiffusionPipeline.from_pipe(pipeline, guide=random_model(1))
+    getattr(pipe, name).takes_class_weights = False  # as in any other class
+    with pytest.raises(ValueError, match="Weights of classes need models that take them"):
+        pipe(torch.tensor([[0.5, 0.5]]))
+
+
 @pytest.mark.parametrize("name", ["way.gif", "way.webp", "way.png"])
 def test_the_command_saves_an_endless_animation(saved, tmp_path, name):
     options = ["--model", str(saved), "--steps", "2", "--frames", "3", "--scale", "2", "--duration", "40"]
@@ -87,8 +107,17 @@ def test_a_way_that_cannot_be_drawn_is_one_error(capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_way_of_one_image_or_to_a_folder_is_one_error(saved, capsys, tmp_path):
+    assert main(["interpolate", "cat:0", "--model", str(saved)]) == 1
+    assert "needs two images at the least" in capsys.readouterr().err
+    (tmp_path / "way.gif").mkdir()
+    words = ["interpolate", "cat:0", "dog:0", "--model", str(saved), "--out", str(tmp_path / "way.gif")]
+    assert main(words) == 1
+    assert "is a folder" in capsys.readouterr().err
+
+
 def test_an_unknown_class_is_one_error(saved, capsys, tmp_path):
     out = tmp_path / "way.gif"
-    assert main(["interpolate", "bird:0", "--model", str(saved), "--out", str(out)]) == 1
+    assert main(["interpolate", "bird:0", "cat:0", "--model", str(saved), "--out", str(out)]) == 1
     assert "There is no class 'bird'" in capsys.readouterr().err
     assert not out.exists()

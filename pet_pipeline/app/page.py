@@ -51,15 +51,16 @@ DROP_ON_TAB = """
 let picture;
 const buttonFor = (tab) => picture?.querySelector(`[data-event="${tab?.textContent.trim().toLowerCase()}"]`);
 document.addEventListener("dragstart", (event) => { picture = event.target.closest?.("figure"); });
+document.addEventListener("dragend", () => { picture = null; });
 document.addEventListener("dragover", (event) => {
-  if (buttonFor(event.target.closest("[role=tab]"))) event.preventDefault();
+  if (buttonFor(event.target.closest?.("[role=tab]"))) event.preventDefault();
 });
 document.addEventListener("drop", (event) => {
-  const button = buttonFor(event.target.closest("[role=tab]"));
+  const button = buttonFor(event.target.closest?.("[role=tab]"));
   if (button) { event.preventDefault(); button.click(); }
 });
 """
-# What has the focus is not shown any more when another tab is.
+# The button that had the focus is hidden on the new tab, so that the tab itself takes the focus.
 FOCUS_TAB = """() => {
   document.querySelector("[role=tab][aria-selected=true]").focus();
   const statuses = [...document.querySelectorAll("[role=status]")];

@@ -22,8 +22,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--weights",
         choices=["float32", "int8"],
-        help="how the files store matrices; int8 makes them a quarter as large, with an error of less than a "
-        "grey level in most pixels; the default is int8 with --web, and otherwise float32",
+        help="how the files store matrices; int8 makes them a quarter as large, with a small error; the "
+        "default is int8 with --web, and otherwise float32",
     )
     parser.add_argument(
         "--web", action="store_true", help="also write the page; needs npm, which fetches ONNX Runtime Web"
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Exports the model, and says how far each network is from PyTorch."""
     from ..export.onnx_models import TOLERANCES, export_onnx
-    from ..export.web_page import write_page
+    from ..pipeline_pet_classification import PetClassificationPipeline
 
     settings = sample_settings(args)
     pipeline = load_pipeline(args.model, args.scheduler, "cpu", revision=args.revision)
@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> None:
     if args.model == "fast":  # the model from which it was tuned classifies in its place
         classifier = load_classifier_pipeline(None, "cpu")
     elif pipeline.probe is not None:
-        classifier = load_classifier_pipeline(args.model, "cpu", revision=args.revision)
+        classifier = PetClassificationPipeline.from_pipe(pipeline)
     weights = args.weights or ("int8" if args.web else "float32")
     out = Path(args.out)
-    differences = export_onnx(pipeline, out, settings, weights, classifier)
+    differences = export_onnx(pipeline, out, settings, weights, classifier, args.web)
     for name, difference in differences.items():
         size = (out / name).stat().st_size / 1e6
         print(
@@ -57,5 +57,4 @@ def run(args: argparse.Namespace) -> None:
     if classifier is None:
         print("The model has no probe, so that nothing classifies; `pet-pipeline calibrate` fits one.")
     if args.web:
-        write_page(out)
         print(f"{out / 'index.html'} is the page. `python -m http.server --directory {out}` serves it here.")

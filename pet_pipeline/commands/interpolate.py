@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
         type=point,
         metavar="CLASS:SEED",
         help="an image on the way, such as cat:0: the one that `pet-pipeline generate` draws of this class "
-        "with this seed, unless the solver adds noise in its steps",
+        "with this seed, if the steps of the solver add no noise; two at the least",
     )
     add_model_option(parser)
     parser.add_argument(
@@ -76,6 +76,10 @@ def run(args: argparse.Namespace) -> None:
     """Draws the frames and saves them."""
     from ..visualization import interpolation, save_animation
 
+    if len(args.points) < 2:
+        raise ValueError("An animation needs two images at the least, such as cat:0 dog:0.")
+    if args.out.is_dir():
+        raise ValueError(f"--out must be a file, but {str(args.out)!r} is a folder.")
     settings = sample_settings(args)
     pipeline = load_pipeline(args.model, args.scheduler, args.device, args.dtype, revision=args.revision)
     ids = label_ids(pipeline, [name for name, _ in args.points])

@@ -1,9 +1,11 @@
 """The networks of a pipeline as ONNX files, exported by `torch.export` and checked with ONNX Runtime."""
 
 import json
-import logging
+import shutil
+import textwrap
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +16,7 @@ from ..pipeline_pet_classification import PetClassificationPipeline
 from ..pipeline_pet_diffusion import PetDiffusionPipeline
 from ..sampling import SampleSettings
 from .plan import sampling_plan
+from .web_page import write_page
 
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ def export_onnx(
     settings: SampleSettings | None = None,
     weights: str = "float32",
     classifier: PetClassificationPipeline | None = None,
+    web: bool = False,
 ) -> dict[str, float]:
     """Writes the networks of a pipeline as ONNX files, and `sampling.json`, the plan of [`sampling_plan`].
 
@@ -67,51 +71,63 @@ def export_onnx(
       to `log_odds` (batch, classes) by the probe.
 
     The batch may be of any size up to 4096. ONNX Runtime runs each file, and its output is compared with that
-    of PyTorch.
+    of PyTorch. Nothing is written to the folder before everything has worked.
 
     Args:
         pipeline ([`PetDiffusionPipeline`]): the pipeline, on the CPU in float32.
-        folder (`str` or `Path`): where the files are written.
+        folder (`str` or `Path`): where the files are written: a folder that is new, empty or of an earlier
+            export, whose files are replaced.
         settings ([`SampleSettings`], *optional*): how the plan samples; the default is as the pipeline does.
         weights (`str`, defaults to `"float32"`): `"float32"`, or `"int8"` for matrices of 8 bits with a scale
             for each row, which makes the files a quarter as large.
         classifier ([`PetClassificationPipeline`], *optional*): a pipeline with a probe.
+        web (`bool`, defaults to `False`): also write the page of [`write_page`].
 
     Returns:
         `dict[str, float]`: for each file, the largest difference from PyTorch as a share of the root mean
         square of the output.
 
     Raises:
-        ValueError: if the pipeline cannot be exported so, or a difference exceeds [`TOLERANCES`].
+        ValueError: if the pipeline cannot be exported so, the folder holds other files, or a difference
+            exceeds [`TOLERANCES`].
+        OSError: if a file cannot be written, or `npm` cannot fetch what the page needs.
     """
     plan = sampling_plan(pipeline, settings or SampleSettings())
-    shape = (2, *plan["shape"])
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not (folder / "sampling.json").exists():
+        raise ValueError(f"{str(folder)!r} holds other files; choose a folder that is new or empty.")
+    shape, generator = (2, *plan["shape"]), torch.Generator().manual_seed(0)
     networks: dict[str, tuple[nn.Module, dict[str, torch.Tensor], str]] = {}
     for name in ("transformer", "guide") if pipeline.autoguidance_scale != 1 else ("transformer",):
         inputs = {
-            "hidden_states": torch.randn(shape),
-            "timestep": torch.randn(2),
+            "hidden_states": torch.randn(shape, generator=generator),
+            "timestep": torch.randn(2, generator=generator),
             "class_labels": torch.tensor([0, plan["negative_class"]]),
         }
         networks[name] = (_Denoiser(getattr(pipeline, name)), inputs, "sample")
     if classifier is not None:
-        images = {"images": torch.rand(shape) * 2 - 1}
+        images = {"images": torch.rand(shape, generator=generator) * 2 - 1}
         networks["classifier"] = (_Classifier(classifier), images, "log_odds")
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     differences = {}
-    for name, (network, inputs, output_name) in networks.items():
-        path = folder / f"{name}.onnx"
-        _write(network.eval(), inputs, output_name, path, weights)
-        differences[path.name] = _difference(network, inputs, path)
-        if not differences[path.name] <= TOLERANCES[weights]:
-            raise ValueError(
-                f"{path} differs from PyTorch by {differences[path.name]:.2g} of the root mean square of its "
-                f"output, more than {TOLERANCES[weights]:g}."
-            )
-    plan["files"] = {name: (folder / name).stat().st_size for name in differences}
-    (folder / "sampling.json").write_text(json.dumps(plan, indent=1) + "\n")
+    with TemporaryDirectory() as temporary:
+        if web:
+            write_page(Path(temporary))
+        for name, (network, inputs, output_name) in networks.items():
+            path = Path(temporary) / f"{name}.onnx"
+            _write(network.eval(), inputs, output_name, path, weights)
+            differences[path.name] = _difference(network, inputs, path)
+            if not differences[path.name] <= TOLERANCES[weights]:
+                raise ValueError(
+                    f"{path.name} differs from PyTorch by {differences[path.name]:.2g} of the root mean "
+                    f"square of its output, more than {TOLERANCES[weights]:g}."
+                )
+        plan["files"] = {name: (Path(temporary) / name).stat().st_size for name in differences}
+        (Path(temporary) / "sampling.json").write_text(json.dumps(plan, indent=1) + "\n")
+        for earlier in folder.glob("*.onnx"):
+            earlier.unlink()
+        shutil.copytree(temporary, folder, dirs_exist_ok=True)
     return differences
 
 
@@ -120,18 +136,22 @@ def _write(
 ) -> None:
     """Exports a network with a dynamic batch to one file."""
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
+        network(**inputs)  # says what is wrong with a network in one sentence, which the exporter would not
         warnings.simplefilter("ignore")  # of the exporter, about names of axes
-        program = torch.onnx.export(
-            network,
-            kwargs=inputs,
-            input_names=list(inputs),
-            output_names=[output_name],
-            dynamic_shapes={name: {0: batch} for name in inputs},
-            dynamo=True,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                network,
+                kwargs=inputs,
+                input_names=list(inputs),
+                output_names=[output_name],
+                dynamic_shapes={name: {0: batch} for name in inputs},
+                dynamo=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = textwrap.shorten(str(error.__cause__ or error), 300)
+            raise ValueError(f"{path.name} cannot be exported: {reason}") from error
     assert program is not None  # it is for other ways to export
     model = program.model_proto
     if weights == "int8":
@@ -179,6 +199,6 @@ def _difference(network: nn.Module, inputs: dict[str, torch.Tensor], path: Path)
         with torch.no_grad():
             expected = network(**chosen).numpy()
         output = session.run(None, {name: tensor.numpy() for name, tensor in chosen.items()})[0]
-        scale = np.sqrt(np.mean(expected**2))
-        largest = max(largest, float(np.abs(output - expected).max() / scale))
+        scale = max(float(np.sqrt(np.mean(expected**2))), np.finfo(np.float32).tiny)
+        largest = float(np.maximum(largest, np.abs(output - expected).max() / scale))  # keeps NaN
     return largest

@@ -41,14 +41,13 @@ def sampling_plan(pipeline: PetDiffusionPipeline, settings: SampleSettings) -> d
     scheduler = pipeline.scheduler
     if not isinstance(scheduler, AdaptiveEDMScheduler) or scheduler.config.solver == "heun":
         raise ValueError(
-            "An export needs the solver multistep, euler or consistency of AdaptiveEDMScheduler: choose one "
-            "with --scheduler."
+            "An export needs the solver multistep, euler or consistency of AdaptiveEDMScheduler: choose "
+            "multistep or euler with --scheduler."
         )
-    if pipeline.guider is not None or pipeline.pag_scale != 0:
-        raise ValueError(
-            "An export takes classifier-free guidance and autoguidance only, no guider and no "
-            "perturbed-attention guidance: use --pag_scale 0."
-        )
+    if pipeline.guider is not None:
+        raise ValueError("An export cannot describe a guider: save the model without one.")
+    if pipeline.pag_scale != 0:
+        raise ValueError("An export cannot describe perturbed-attention guidance: use --pag_scale 0.")
     # The scheduler itself takes the steps, from unit vectors for x, D and the D before, and without noise.
     silent = AdaptiveEDMScheduler.from_config(scheduler.config, s_noise=0.0)
     silent.set_timesteps(arguments["num_inference_steps"] or pipeline.config.num_inference_steps)

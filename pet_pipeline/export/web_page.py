@@ -12,17 +12,16 @@ RUNTIME = "onnxruntime-web@1.30.0"
 RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 # Browsers give threads to WebAssembly only if these headers isolate the page.
 CARD = """---
-title: {title}
+title: Diffusion in your browser
 sdk: static
 app_file: index.html
-license: apache-2.0
 custom_headers:
   cross-origin-embedder-policy: require-corp
   cross-origin-opener-policy: same-origin
   cross-origin-resource-policy: cross-origin
 ---
 
-# {title}
+# Diffusion in your browser
 
 This page draws small images with a diffusion model on the device of its visitor. `sampling.json` holds the
 steps of the sampling. The networks are ONNX files, which [ONNX Runtime Web](https://onnxruntime.ai) (MIT
@@ -30,19 +29,18 @@ licence) runs.
 """
 
 
-def write_page(folder: str | Path, title: str = "Diffusion in your browser") -> None:
-    """Adds the page, and `README.md` for a static Space, to a folder of [`export_onnx`].
+def write_page(folder: Path) -> None:
+    """Writes the page, and `README.md` for a static Space, to a folder that [`export_onnx`] fills.
 
     `npm` fetches ONNX Runtime Web, 14 MB, which is not in this package.
 
     Raises:
         OSError: if there is no `npm`, or it cannot fetch the runtime.
     """
-    folder = Path(folder)
     fetch_runtime(folder)
     for source in WEB.iterdir():
         shutil.copy(source, folder)
-    (folder / "README.md").write_text(CARD.format(title=title))
+    (folder / "README.md").write_text(CARD)
 
 
 def fetch_runtime(folder: Path) -> None:
@@ -61,7 +59,6 @@ def fetch_runtime(folder: Path) -> None:
             raise OSError(f"`npm` could not fetch {RUNTIME}: {reason.splitlines()[0]}")
         with tarfile.open(archives[0]) as archive:
             for name in RUNTIME_FILES:
-                source = archive.extractfile(f"package/dist/{name}")
-                if source is None:
-                    raise OSError(f"{RUNTIME} has no file {name}.")
-                (folder / name).write_bytes(source.read())
+                member = archive.getmember(f"package/dist/{name}")
+                member.name = name
+                archive.extract(member, folder, filter="data")

@@ -1,7 +1,8 @@
 // The controls of the page; worker.js does the work.
 
 const element = (id) => document.getElementById(id);
-let plan, worker, job;
+let plan, worker;
+let job = null;
 
 function startWorker() {
   worker = new Worker("worker.js", { type: "module" });
@@ -9,20 +10,24 @@ function startWorker() {
   worker.onerror = (event) => fail(event.message || "The page could not start: this browser lacks WebAssembly.");
 }
 
-// `job` is what the worker does now: where its messages are shown, and how the buttons come back.
+// `job` is what the worker does now: where its messages are shown, and what has the focus when it is done.
 function begin(status, message) {
-  job = { status };
+  job = { status, focused: document.activeElement };
   for (const button of document.querySelectorAll("button:not(#stop), #file")) button.disabled = true;
   element("stop").hidden = element("progress").hidden = false;
   element("progress").value = 0;
+  element("stop").focus(); // a disabled button loses the focus
   status.textContent = "";
   worker.postMessage(message);
 }
 
 function end(text) {
-  for (const button of document.querySelectorAll("button, #file")) button.disabled = false;
+  // Pictures that a cancelled or failed job has not drawn are not kept.
+  for (const canvas of job?.canvases ?? []) if (!canvas.dataset.drawn) canvas.closest("figure").remove();
+  for (const button of document.querySelectorAll("button, #file")) button.disabled = plan === undefined;
   element("stop").hidden = element("progress").hidden = true;
   (job?.status ?? element("status")).textContent = text;
+  job?.focused?.focus();
   job = null;
 }
 
@@ -31,6 +36,7 @@ const fail = (message) => end(`This did not work: ${message}`);
 const handlers = {
   ready(message) {
     plan = message.plan;
+    element("start").disabled = job !== null;
     if (element("classes").querySelector("input")) return; // after a cancelled job
     for (const [index, name] of plan.classes.entries()) {
       const label = document.createElement("label");
@@ -44,7 +50,7 @@ const handlers = {
   },
   download({ name, loaded, total }) {
     const megabytes = (total / 1e6).toFixed(0);
-    job.status.textContent = `Loading ${name} (${megabytes} MB), which happens once …`;
+    job.status.textContent = `Loading ${name} (${megabytes} MB) …`;
     element("progress").value = loaded / total;
   },
   step({ index, total, pixels }) {
@@ -54,6 +60,7 @@ const handlers = {
   },
   images({ pixels, seconds, threads }) {
     show(pixels);
+    for (const canvas of job.canvases) canvas.dataset.drawn = true;
     const count = job.canvases.length;
     end(`${count} image${count > 1 ? "s" : ""} in ${seconds.toFixed(1)} s, ${(seconds / count).toFixed(1)} s ` +
       `an image, with ${threads} thread${threads > 1 ? "s" : ""}.`);
@@ -137,6 +144,10 @@ function classify(source) {
   const canvas = Object.assign(element("classified"), { width, height });
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
+  if (channels !== 4) { // transparent images are on white, as in training
+    context.fillStyle = "white";
+    context.fillRect(0, 0, width, height);
+  }
   const side = Math.min(source.width, source.height);
   context.drawImage(source, (source.width - side) / 2, (source.height - side) / 2, side, side, 0, 0, width, height);
   const { data } = context.getImageData(0, 0, width, height);
@@ -153,7 +164,8 @@ function classify(source) {
 async function take(file) {
   if (!file || job) return;
   try {
-    classify(await createImageBitmap(file));
+    const image = await createImageBitmap(file);
+    if (!job) classify(image);
   } catch {
     element("answer").textContent = `${file.name} is not an image that this browser can read.`;
   }

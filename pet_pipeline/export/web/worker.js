@@ -5,13 +5,24 @@ import * as ort from "./ort.wasm.bundle.min.mjs";
 // Threads need the headers that README.md sets for a Space; without them, there is one thread.
 ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
 
-const plan = await (await fetch("sampling.json")).json();
-const imageLength = plan.shape.reduce((product, size) => product * size);
 const sessions = {};
+let plan, imageLength;
 
-async function download(name) {
+async function load(name) {
   const response = await fetch(name);
   if (!response.ok) throw new Error(`${name} could not be downloaded: ${response.status} ${response.statusText}.`);
+  return response;
+}
+
+const starting = (async () => {
+  plan = await (await load("sampling.json")).json();
+  imageLength = plan.shape.reduce((product, size) => product * size);
+  postMessage({ type: "ready", plan });
+})();
+starting.catch((error) => postMessage({ type: "error", message: error.message }));
+
+async function download(name) {
+  const response = await load(name);
   const parts = [];
   let loaded = 0;
   for (const reader = response.body.getReader(); ; ) {
@@ -102,9 +113,9 @@ async function classify({ pixels }) {
 
 onmessage = async ({ data }) => {
   try {
+    await starting; // a message may come before the plan
     await { generate, classify }[data.type](data);
   } catch (error) {
     postMessage({ type: "error", message: error.message || String(error) });
   }
 };
-postMessage({ type: "ready", plan });
