@@ -467,7 +467,11 @@ def test_two_processes_train_a_loss_without_parameters(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source", [{}, {"streaming": True, "validation_images": 4}], ids=["in memory", "stream"]
+    "source",
+    [
+        pytest.param({}, id="in memory"),
+        pytest.param({"streaming": True, "validation_images": 4}, id="stream", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_train_the_same_model_as_one_with_twice_the_batch(source, shuffled_files, tmp_path):
     # The third optimizer step has a loss that is not finite, on one of the processes.

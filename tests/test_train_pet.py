@@ -329,12 +329,12 @@ def test_the_loop_uses_its_options(image_folder, tmp_path, monkeypatch):
 
     for step in range(1, 7):
         folder = tmp_path / "out" / f"checkpoint-{step}"
-        rates = torch.load(folder / "optimizer.bin", weights_only=True)
+        muon, adamw = torch.load(folder / "optimizer.bin", weights_only=True)["param_groups"]
         factor = learning_rate_factor("linear", (step - 1) / 6, step - 1, 1)
-        assert rates["muon"]["param_groups"][0]["lr"] == pytest.approx(0.02 * factor)
-        assert rates["adamw"]["param_groups"][0]["lr"] == pytest.approx(3e-3 * factor)
-        assert all(rates[name]["param_groups"][0]["weight_decay"] == 0.25 for name in ("muon", "adamw"))
-        assert rates["adamw"]["param_groups"][0]["betas"] == (0.9, 0.75)
+        assert muon["lr"] == pytest.approx(0.02 * factor)
+        assert adamw["lr"] == pytest.approx(3e-3 * factor)
+        assert muon["weight_decay"] == adamw["weight_decay"] == 0.25
+        assert adamw["betas"] == (0.9, 0.75)
     # Each of six batches of 8 was reported to the draw.
     state = torch.load(folder / "custom_checkpoint_1.pkl", weights_only=True)
     assert state["bin_counts"].sum().item() == pytest.approx(sum(8 * 0.99**k for k in range(6)), rel=1e-4)

@@ -52,9 +52,16 @@ def held_out_images(monkeypatch) -> list[torch.Tensor]:
 STREAM = {"streaming": True, "validation_images": 4}
 
 
-@pytest.mark.parametrize("step", [3, 6])
 @pytest.mark.parametrize(
-    "source", [{}, {"max_memory_gb": 1e-9}, STREAM], ids=["in memory", "on the fly", "stream"]
+    ("source", "step"),
+    [
+        pytest.param({}, 3, id="in memory, first pass"),
+        pytest.param({}, 6, id="in memory, second pass"),
+        pytest.param({"max_memory_gb": 1e-9}, 3, id="on the fly, first pass", marks=pytest.mark.slow),
+        pytest.param({"max_memory_gb": 1e-9}, 6, id="on the fly, second pass"),
+        pytest.param(STREAM, 3, id="stream, first pass", marks=pytest.mark.slow),
+        pytest.param(STREAM, 6, id="stream, second pass"),
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     source, step, image_folder, shuffled_files, tmp_path, capsys
