@@ -159,6 +159,8 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
             "The stream has too few images for one step beside those held out: lower --validation_images or "
             "--train_batch_size."
         )
+    if args.evaluation_steps is not None and len(held_out_set.first(args.validation_images)) < 2:
+        raise ValueError("--evaluation_steps needs two held-out images at the least.")
     num_workers = num_loading_processes(train_set, args.dataloader_num_workers, accelerator.is_main_process)
     loader = torch.utils.data.DataLoader(
         train_set,
@@ -224,7 +226,9 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
         limits.append(math.ceil(args.num_train_epochs * len(loader) / args.gradient_accumulation_steps))
     set_seed(args.seed, device_specific=True)  # a checkpoint may have fewer processes
     if checkpoint is not None:
-        load_checkpoint(accelerator, checkpoint, optimizer, ema, state)
+        reads_stream = args.streaming and accelerator.is_main_process
+        load_checkpoint(accelerator, checkpoint, optimizer, ema, state, num_workers if reads_stream else None)
+    state.num_workers = num_workers if args.streaming else 0
     state.precision = accelerator.mixed_precision
     ema.to(accelerator.device)  # loading leaves it on the CPU
     log = TrainingLog(accelerator, args, state)

@@ -57,3 +57,4 @@ def test_a_wheel_has_every_file_of_the_package(setup):
     for path in package.rglob("*"):
         is_source = path.suffix in (".py", ".pyc")
         assert path.is_dir() or is_source or path in data, path
+        assert not path.is_symlink()  # an archive without links would hold the name of its target

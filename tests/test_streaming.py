@@ -2,6 +2,7 @@
 
 from itertools import islice
 
+import datasets
 import pytest
 import torch
 from support.training_process import metrics, train
@@ -67,11 +68,46 @@ def test_streams_of_other_labels(image_folder, tmp_path):
         stream_of(tmp_path / "plain", tmp_path, ["cat"])
 
 
+def stream_of_images(images, folder):
+    folder.mkdir()
+    features = datasets.Features({"image": datasets.Image()})
+    rows = {"image": [image and {"path": None, "bytes": image} for image in images]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    return stream_of(folder, folder)
+
+
+def test_images_that_cannot_be_decoded_are_left_out(image_folder, tmp_path):
+    good = [(image_folder / "cat" / f"{number:02}.png").read_bytes() for number in range(2)]
+    stream = stream_of_images([good[0], b"no image", None, good[1]], tmp_path / "some")
+    with pytest.warns(UserWarning, match="The image of the stream cannot be used: .* It is left out."):
+        assert len(list(stream)) == 2
+
+
+def test_copies_of_held_out_images_are_left_out(image_folder, tmp_path):
+    images = [(image_folder / "cat" / f"{number:02}.png").read_bytes() for number in (0, 1, 0, 2, 1)]
+    stream = stream_of_images(images, tmp_path / "copies")
+    stream.hold_out(2, shuffle_buffer_size=8, seed=0)
+    assert len(list(stream)) == len(stream.sample) == 1
+    assert not stream.has_images(2)
+
+
+def test_another_number_of_loading_processes_is_warned_of(shuffled_files, tmp_path):
+    options = {"streaming": True, "validation_images": 4, "checkpointing_steps": 1}
+    train(shuffled_files, tmp_path / "out", **options, max_train_steps=1, dataloader_num_workers=1)
+    options |= {"max_train_steps": 2, "dataloader_num_workers": 0, "resume_from_checkpoint": "latest"}
+    with pytest.warns(
+        UserWarning, match="with 1 loading processes: with 0 .* Use --dataloader_num_workers 1"
+    ):
+        train(shuffled_files, tmp_path / "out", **options)
+
+
 def test_streams_that_cannot_be_trained_on_are_one_clear_error(image_folder, shuffled_files, tmp_path):
     with pytest.raises(ValueError, match="begins with 6 images of one class, .* in random order"):
         stream_of(image_folder, tmp_path).hold_out(6, 8, 0)
     with pytest.raises(ValueError, match="has 0 images of the classes unicorn, but"):
         stream_of(save_rows(tmp_path / "few", label=[1]), tmp_path, ["unicorn"]).hold_out(6, 8, 0)
+    with pytest.raises(ValueError, match="--validation_images must be at least 2, the number of classes"):
+        stream_of(shuffled_files, tmp_path, ["cat", "dog"]).hold_out(1, 8, 0)
     options = {"streaming": True, "train_batch_size": 8}
     for number, message in (
         (40, "40 images of the classes cat, dog, but .* holds out 40"),
@@ -89,7 +125,7 @@ def test_streams_that_cannot_be_trained_on_are_one_clear_error(image_folder, shu
             train_pet.parse_args(["--streaming", "--max_train_steps", "1", *words])
 
 
-def test_a_training_on_a_stream_is_continued_and_fine_tuned(shuffled_files, tmp_path):
+def test_a_training_on_a_stream_knows_what_it_held_out_and_is_fine_tuned(shuffled_files, tmp_path):
     options = {"streaming": True, "validation_images": 4, "max_train_steps": 2, "checkpointing_steps": 2}
     out = tmp_path / "out"
     train(shuffled_files, out, **options)

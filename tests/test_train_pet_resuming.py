@@ -1,5 +1,6 @@
 """Resuming a training at toy size: what a checkpoint keeps, and which checkpoints are refused."""
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -221,12 +222,19 @@ def test_a_run_resumed_with_another_data_set_says_so(image_folder, tmp_path):
         train(tmp_path / "other", tmp_path / "out", max_train_steps=5, classes=["dog", "cat"], **resume)
 
 
-def test_a_checkpoint_of_an_earlier_version_is_refused(finished_run, image_folder, tmp_path):
+@pytest.mark.parametrize("has_description", [True, False])
+def test_a_checkpoint_of_an_earlier_version_is_refused(has_description, finished_run, image_folder, tmp_path):
     checkpoint = tmp_path / "out" / "checkpoint-3"
     shutil.copytree(finished_run / "checkpoint-3", checkpoint)
-    (checkpoint / "training.json").unlink()
+    path = checkpoint / "training.json"
+    description = json.loads(path.read_text())
+    del description["format"]
+    path.write_text(json.dumps(description))
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    del manifest["sha256"]["training.json"]
+    manifest["sha256"]["training.json"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not has_description:
+        path.unlink()
+        del manifest["sha256"]["training.json"]
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="of an earlier version .* --pretrained_model_name_or_path"):
         train(image_folder, tmp_path / "out", resume_from_checkpoint="latest")

@@ -72,8 +72,16 @@ def push_folder(
             for name in SNIPPET_FILES
             if name in files
         ]
+    try:
         if pinned:
-            api.create_commit(repo_id, pinned, commit_message="Pin the snippets to the commit of the code")
+            with readable_errors(repo_id, api):
+                api.create_commit(
+                    repo_id, pinned, commit_message="Pin the snippets to the commit of the code"
+                )
+    except (ValueError, OSError) as error:
+        raise OSError(
+            f"The pipeline is published, but its snippets are not pinned to a commit: {error} Push again."
+        ) from None
     return commit.commit_url
 
 

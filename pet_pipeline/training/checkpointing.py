@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
 DESCRIPTION = "training.json"
+FORMAT = 2  # of checkpoints; raised when earlier ones cannot be continued
 LOCK = "training.lock"
 # The prefix of files and folders that are still being written.
 PARTIAL = "partial-"
@@ -44,6 +45,7 @@ class TrainingState:
     images: int = 0  # images seen by all processes
     seconds: float = 0.0
     best_loss: float = math.inf
+    num_workers: int = 0  # processes that read the stream, if there is one
     precision: str = ""  # of the steps so far, which `--mixed_precision auto` may choose differently later
 
     def state_dict(self) -> dict[str, Any]:
@@ -228,6 +230,7 @@ def describe_training(
     config = json.loads(transformer.to_json_string())
     config.pop("dropout", None)  # not every model has this argument
     return {
+        "format": FORMAT,
         "split": split,
         "options": {
             **{
@@ -242,14 +245,15 @@ def describe_training(
 
 def read_description(checkpoint: Path) -> dict[str, Any]:
     """Returns the description of the training that wrote a checkpoint, see [`describe_training`]."""
-    try:
-        return json.loads((checkpoint / DESCRIPTION).read_text())
-    except FileNotFoundError:
+    path = checkpoint / DESCRIPTION
+    description = json.loads(path.read_text()) if path.exists() else {}
+    if description.get("format") != FORMAT:
         raise ValueError(
             f"The checkpoint {str(checkpoint)!r} is of an earlier version of pet_pipeline and cannot be "
             "continued. A new run can start from the weights of a pipeline folder, such as that run's "
             "`best`, with --pretrained_model_name_or_path."
-        ) from None
+        )
+    return description
 
 
 def check_description(earlier: dict[str, Any], description: dict[str, Any]) -> None:
@@ -273,8 +277,12 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     ema: EMAModel,
     state: TrainingState,
+    num_workers: int | None = None,
 ) -> None:
-    """Loads a training from a checkpoint; the options of the command line win over those in it."""
+    """Loads a training from a checkpoint; the options of the command line win over those in it.
+
+    `num_workers` is the number of processes that read the stream, if there is one and this process reads it.
+    """
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     ema_options = {name: getattr(ema, name) for name in ("decay", "inv_gamma", "power")}
     accelerator.load_state(str(checkpoint))
@@ -288,6 +296,13 @@ def load_checkpoint(
             f"{str(checkpoint)!r} was trained with --mixed_precision {state.precision}: with "
             f"{accelerator.mixed_precision} the training continues, but not with the numbers of an "
             "uninterrupted one.",
+            stacklevel=2,
+        )
+    if num_workers is not None and state.num_workers != num_workers:
+        warnings.warn(
+            f"{str(checkpoint)!r} read its stream with {state.num_workers} loading processes: with "
+            f"{num_workers} the training continues, but some images of this pass are left out or seen twice. "
+            f"Use --dataloader_num_workers {state.num_workers}.",
             stacklevel=2,
         )
     accelerator.print(f"Resumed at step {state.step:,} after {state.images:,} images.")

@@ -171,7 +171,7 @@ def decode_image(encoded: Any, resolution: int, mode: str, place: str) -> torch.
         if encoded is None:
             raise ValueError("it is missing.")
         return image_to_tensor(datasets.Image().decode_example(encoded), resolution, mode)
-    except (ValueError, OSError) as error:  # OSError: an image that cannot be decoded
+    except (ValueError, OSError, Image.DecompressionBombError) as error:
         raise UnusableImageError(f"The image of {place} cannot be used: {error}") from None
 
 

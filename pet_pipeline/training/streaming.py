@@ -1,6 +1,8 @@
 """Images of a data set that is read as a stream, because it does not fit on the disk."""
 
+import inspect
 import os
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -14,6 +16,7 @@ from .data import (
     UNLABELLED,
     ImageDataset,
     ImageSet,
+    UnusableImageError,
     choose_classes,
     decode_image,
     describe_split,
@@ -66,7 +69,12 @@ class StreamedImages(torch.utils.data.IterableDataset):
             if label is None:
                 continue
             encoded = example[self.image_column]
-            image = decode_image(encoded, self.image_shape[-1], self.image_mode, "the stream")
+            try:
+                image = decode_image(encoded, self.image_shape[-1], self.image_mode, "the stream")
+            except UnusableImageError as error:
+                # A resumed run leaves the same image out.
+                warnings.warn(f"{error} It is left out.", stacklevel=2)
+                continue
             if image_digests(image[None])[0] not in self.held_out:
                 yield image, label
 
@@ -94,6 +102,11 @@ class StreamedImages(torch.utils.data.IterableDataset):
             ValueError: if there are no other images, if all held-out images are of one of several classes, or
                 if they are others than those held out before.
         """
+        if num_images < len(self.class_names):
+            raise ValueError(
+                f"--validation_images must be at least {len(self.class_names)}, the number of classes, with "
+                f"--streaming, but is {num_images}."
+            )
         examples = list(islice(self, num_images + NUM_SAMPLED))
         if len(examples) <= num_images:
             raise ValueError(
@@ -116,7 +129,12 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 "Give its data set, --classes and --validation_images, or start a new run."
             )
         self.held_out = frozenset(image_digests(held_out.images))
-        self.stream = self.stream.shuffle(seed, buffer_size=shuffle_buffer_size)
+        is_other = torch.tensor([x not in self.held_out for x in image_digests(self.sample.images)])
+        self.sample = self.sample.subset(is_other.nonzero().flatten())
+        # Newer versions of `datasets` would read several files at a time, and wait five seconds at the end.
+        takes_shards = "max_buffer_input_shards" in inspect.signature(self.stream.shuffle).parameters
+        options = {"max_buffer_input_shards": 1} if takes_shards else {}
+        self.stream = self.stream.shuffle(seed, buffer_size=shuffle_buffer_size, **options)
         return held_out
 
     @staticmethod
