@@ -72,7 +72,8 @@ def test_sharding_processes_train_the_same_model_as_one_process(optimizer, image
 
 
 @pytest.mark.parametrize(
-    "state_dict_type", ["SHARDED_STATE_DICT", pytest.param("FULL_STATE_DICT", marks=pytest.mark.slow)]
+    "state_dict_type",
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("SHARDED_STATE_DICT", "FULL_STATE_DICT")],
 )
 def test_a_resumed_sharded_run_equals_an_uninterrupted_one(state_dict_type, image_folder, tmp_path):
     environment = {**FSDP, "FSDP_STATE_DICT_TYPE": state_dict_type}
@@ -106,4 +107,6 @@ def test_deepspeed_is_refused(monkeypatch):
     accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, num_processes=1)
     monkeypatch.setattr(hardware, "Accelerator", lambda **kwargs: accelerator)
     with pytest.raises(ValueError, match="DeepSpeed takes the steps of the optimizer by itself"):
-        hardware.create_accelerator(train_pet.parse_args(["--max_train_steps", "1"]))
+        hardware.create_accelerator(
+            train_pet.parse_args(["--max_train_steps", "1", "--mixed_precision", "no"])
+        )

@@ -13,7 +13,7 @@ GRADIO_VERSION = "6.31.0"
 # Versions that ZeroGPU has, which lends a GPU to a Space for the time of a call.
 PYTHON_VERSION = "3.12.12"
 TORCH_VERSIONS = {"torch": "2.11.0", "torchvision": "0.26.0"}
-SOURCE_SUFFIXES = (".py", ".css")
+SOURCE_SUFFIXES = (".py", ".css", ".html", ".js")
 APP = """# The web page of a model; see README.md.
 import sys
 from contextlib import suppress
