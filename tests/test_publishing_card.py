@@ -90,8 +90,9 @@ def test_the_card_links_to_the_home_page_that_the_publisher_set(url, saved, pipe
         assert settings.count(placeholder) == 1
         (tmp_path / "setup.cfg").write_text(settings.replace(placeholder, f"url = {url}\n"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    folder = build_meta.prepare_metadata_for_build_wheel(str(tmp_path))
-    monkeypatch.setattr(card, "metadata", lambda name: Distribution.at(tmp_path / folder).metadata)
+    build_meta.get_requires_for_build_wheel()  # which writes the metadata, without a package `wheel`
+    distribution = Distribution.at(tmp_path / "pet_pipeline.egg-info")
+    monkeypatch.setattr(card, "metadata", lambda name: distribution.metadata)
     assert project_url() == url
     text = rendered(saved, pipeline, "uoft-cs/cifar10")
     assert (f"`train_pet.py` of [pet_pipeline]({url})" in text) == (url is not None)

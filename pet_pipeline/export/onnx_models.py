@@ -135,7 +135,8 @@ def _write(
     network: nn.Module, inputs: dict[str, torch.Tensor], output_name: str, path: Path, weights: str
 ) -> None:
     """Exports a network with a dynamic batch to one file."""
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    # PyTorch 2.9 wants at least 2 here. The file takes a batch of 1 nevertheless, which is checked.
+    batch = torch.export.Dim("batch", min=2, max=MAX_BATCH)
     with warnings.catch_warnings(), torch.no_grad():
         network(**inputs)  # says what is wrong with a network in one sentence, which the exporter would not
         warnings.simplefilter("ignore")  # of the exporter, about names of axes
