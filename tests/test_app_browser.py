@@ -119,12 +119,18 @@ def open_page(server, browser):
 
 def set_number(page, label: str, value: int) -> None:
     field = page.get_by_label(label, exact=True).locator("visible=true")
-    field.fill(str(value))
-    field.press("Tab")
+    for _ in range(20):  # a component that was just shown takes its first value again
+        field.fill(str(value))
+        field.press("Tab")
+        page.wait_for_timeout(300)
+        if field.input_value() == str(value):
+            return
+    raise AssertionError(f"{label} does not keep {value}")
 
 
 def open_advanced(page) -> None:
     page.get_by_role("button", name="Advanced").locator("visible=true").click()
+    page.wait_for_timeout(700)  # in which what it shows takes its first values
 
 
 def fix_seed(page, seed: int) -> None:
