@@ -159,7 +159,7 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
             "The stream has too few images for one step beside those held out: lower --validation_images or "
             "--train_batch_size."
         )
-    if args.evaluation_steps is not None and len(held_out_set.first(args.validation_images)) < 2:
+    if args.evaluation_steps is not None and min(len(held_out_set), args.validation_images) < 2:
         raise ValueError("--evaluation_steps needs two held-out images at the least.")
     num_workers = num_loading_processes(train_set, args.dataloader_num_workers, accelerator.is_main_process)
     loader = torch.utils.data.DataLoader(

@@ -137,10 +137,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.stream = self.stream.shuffle(seed, buffer_size=shuffle_buffer_size, **options)
         return held_out
 
-    @staticmethod
-    def collate(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns a batch of images and labels."""
-        return default_collate(batch)
+    collate = staticmethod(default_collate)
 
 
 def num_loading_processes(
