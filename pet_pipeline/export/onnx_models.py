@@ -71,7 +71,7 @@ def export_onnx(
       to `log_odds` (batch, classes) by the probe.
 
     The batch may be of any size up to 4096. ONNX Runtime runs each file, and its output is compared with that
-    of PyTorch. Nothing is written to the folder before everything has worked.
+    of PyTorch. No file is written to the folder before everything has worked.
 
     Args:
         pipeline ([`PetDiffusionPipeline`]): the pipeline, on the CPU in float32.
@@ -79,7 +79,7 @@ def export_onnx(
             export, whose files are replaced.
         settings ([`SampleSettings`], *optional*): how the plan samples; the default is as the pipeline does.
         weights (`str`, defaults to `"float32"`): `"float32"`, or `"int8"` for matrices of 8 bits with a scale
-            for each row, which makes the files a quarter as large.
+            for each output, which makes the files a quarter as large.
         classifier ([`PetClassificationPipeline`], *optional*): a pipeline with a probe.
         web (`bool`, defaults to `False`): also write the page of [`write_page`].
 
@@ -164,7 +164,7 @@ def _store_in_eight_bits(graph: "GraphProto") -> None:
     """Stores matrices as int8 with a scale for each output; they become float32 when the file is loaded.
 
     The quantizers of ONNX Runtime change the computation instead: one rounds activations too, which makes the
-    error eight times as high, and the other leaves half of the matrices as they are.
+    error eight times as high, and the other leaves a third of the weights as they are.
     """
     from onnx import TensorProto, helper, numpy_helper
 
