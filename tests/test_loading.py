@@ -98,31 +98,33 @@ def test_classification_without_the_package(saved, saved_again, pipeline, tmp_pa
     code = """
 from diffusers import DiffusionPipeline
 import torch
-pipe = DiffusionPipeline.from_pretrained(
-    {!r}, custom_pipeline="pipeline_pet_classification", trust_remote_code=True
-)
-pipe.set_progress_bar_config(disable=True)
-image = torch.linspace(0, 1, 192).view(3, 8, 8)
-output = pipe(image, 8, generator=torch.Generator().manual_seed(0))
-print(type(pipe).__module__, type(pipe).__name__)
-print(output.probabilities[0]["cat"])
+for folder in {!r}:
+    pipe = DiffusionPipeline.from_pretrained(
+        folder, custom_pipeline="pipeline_pet_classification", trust_remote_code=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.linspace(0, 1, 192).view(3, 8, 8)
+    output = pipe(image, 8, generator=torch.Generator().manual_seed(0))
+    print(type(pipe).__module__, type(pipe).__name__, output.probabilities[0]["cat"])
 pipe.save_pretrained({!r})
 """
     probe, calibration = PetLinearProbe(2, 16), {"weights": [1.0] * 8, "combination": [1.0, 1.0]}
     probed = PetClassificationPipeline.from_pipe(pipeline, probe=probe, calibration=calibration)
     probed.save_pretrained(tmp_path / "probed")
     # Also from what the generic pipelines saved: a drawing and a classifying one.
-    for folder in (saved, saved_again[0], tmp_path / "probed"):
+    folders = [str(folder) for folder in (saved, saved_again[0], tmp_path / "probed")]
+    result = run(code.format(folders, str(tmp_path / "third")), tmp_path, with_package=False)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(folders)
+    for folder, line in zip(folders, lines):
         classifier = PetClassificationPipeline.from_pretrained(folder)
         image, generator = torch.linspace(0, 1, 192).view(3, 8, 8), torch.Generator().manual_seed(0)
         expected = classifier(image, 8, generator=generator)
         assert expected.num_evaluations == [16 if classifier.probe is None else 18]
-        result = run(code.format(str(folder), str(tmp_path / "third")), tmp_path, with_package=False)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.startswith("diffusers_modules.") and "PetClassificationPipeline" in result.stdout
-        assert float(result.stdout.split()[-1]) == pytest.approx(
-            expected.probabilities[0]["cat"], rel=1e-3, abs=1e-6
-        )
+        module, name, probability = line.split()
+        assert module.startswith("diffusers_modules.") and name == "PetClassificationPipeline"
+        assert float(probability) == pytest.approx(expected.probabilities[0]["cat"], rel=1e-3, abs=1e-6)
     result = run(GENERIC.format(str(tmp_path / "third")) + "print(type(pipe).__name__)", tmp_path, False)
     assert result.stdout.split() == ["PetClassificationPipeline"], result.stderr
 
