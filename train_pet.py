@@ -41,6 +41,7 @@ from pet_pipeline import (
 )
 from pet_pipeline.publishing.client import create_repository
 from pet_pipeline.publishing.push import push_folder
+from pet_pipeline.training.augmentation import random_affine
 from pet_pipeline.training.checkpointing import (
     Interruption,
     TrainingState,
@@ -271,6 +272,9 @@ def compute_losses(
     images = to_model_range(images)
     if args.random_flip:
         images = random_horizontal_flip(images)
+    augment_labels = None
+    if training.transformer.config.get("augment_dim"):
+        images, augment_labels = random_affine(images, args.augmentation_probability)
     if training.teacher is not None:
         with training.accelerator.autocast():
             noisy_images, labels, sigmas, images = training.teacher.trajectories(images, labels)
@@ -283,7 +287,7 @@ def compute_losses(
         noisy_images = scheduler.add_noise(images, torch.randn_like(images), timesteps)
     model_input = scheduler.precondition_inputs(noisy_images, sigmas)
     target = scheduler.training_target(images, noisy_images, sigmas)
-    return sigmas, training.model(model_input, timesteps, labels, target, sigmas, weights)
+    return sigmas, training.model(model_input, timesteps, labels, target, sigmas, weights, augment_labels)
 
 
 def train(args: argparse.Namespace, training: Training, state: TrainingState) -> None:

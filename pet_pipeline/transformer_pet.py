@@ -42,12 +42,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # Smallest and largest value of each argument. The installed package also limits the memory of a loaded model.
-SIZES = ("sample_size", "in_channels", "num_classes", "patch_size")
-WIDTHS = ("num_attention_heads", "attention_head_dim", "decoder_channels")
 INTEGERS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys((*SIZES, *WIDTHS), (1, 1e9)),
+    **dict.fromkeys(("sample_size", "in_channels", "num_classes", "patch_size"), (1, 1e9)),
+    **dict.fromkeys(("num_attention_heads", "attention_head_dim", "decoder_channels"), (1, 1e9)),
     "num_layers": (1, 1000),
-    **dict.fromkeys(("outer_layers", "decoder_layers"), (0, 1000)),
+    **dict.fromkeys(("outer_layers", "decoder_layers", "augment_dim"), (0, 1000)),
 }
 NUMBERS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("feed_forward_ratio", "sigma_data", "interpolation_scale"), (1e-3, 1e3)),
@@ -223,8 +222,7 @@ class PetDecoder(nn.Module):
         hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             hidden_states = block(hidden_states, None)
-        hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))
-        return F.pixel_shuffle(hidden_states, self.pixel_factor)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(hidden_states))), self.pixel_factor)
 
 
 def tokens_to_grid(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -285,16 +283,13 @@ def check_config(config: FrozenDict) -> None:
             "`num_attention_heads` × `attention_head_dim` must be a multiple of 4 for 2D sinusoidal "
             f"positions, but is {dim}."
         )
-    num_frequencies = config.in_channels * config.patch_size**2
-    variances = config.frequency_variances
+    variances, number = config.frequency_variances, config.in_channels * config.patch_size**2
     if variances is not None and not (
         isinstance(variances, (list, tuple))
-        and len(variances) == num_frequencies
+        and len(variances) == number
         and all(type(value) in (int, float) and 0 <= value <= 1e6 for value in variances)
     ):
-        raise ValueError(
-            f"`frequency_variances` must be {num_frequencies} numbers in [0, 1e6], one for each patch value."
-        )
+        raise ValueError(f"`frequency_variances` must be {number} numbers in [0, 1e6].")
 
 
 class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -328,6 +323,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         prediction_type (`str`, defaults to `"epsilon"`): that of the scheduler; used by the same.
         interpolation_scale (`float`, defaults to 1.0): divisor of the positions. If training continues at
             another image size, the ratio of the sizes keeps the positions in the range that the model knows.
+        augment_dim (`int`, defaults to 0): numbers that describe how a training image was augmented.
 
     Raises:
         ValueError: if an argument is out of range; the message names it.
@@ -360,6 +356,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         sigma_data: float = 0.5,
         prediction_type: str = "epsilon",
         interpolation_scale: float = 1.0,
+        augment_dim: int = 0,
     ) -> None:
         super().__init__()
         check_config(self.config)
@@ -373,6 +370,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
         self.time_embedding = TimestepEmbedding(256, inner_dim)
         self.class_embedding = nn.Embedding(num_classes + 1, inner_dim)
+        self.augment_embedding = nn.Linear(augment_dim, inner_dim, bias=False) if augment_dim else None
 
         def blocks(number: int, num_heads: int) -> nn.ModuleList:
             options = (inner_dim, int(inner_dim * feed_forward_ratio), num_heads, dropout, not outer_layers)
@@ -395,13 +393,10 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @classmethod
     def from_preset(cls, preset: str, **kwargs: Any) -> "PetTransformer2DModel":
-        """Builds an untrained model of a named size; `kwargs` override arguments of the preset.
+        """Builds an untrained model of a named size, or raises `ValueError` if there is no such preset.
 
-        Args:
-            preset (`str`): `"tiny"` (for trials), `"small"` (for two CPU cores) or `"base"` (for a GPU).
-
-        Raises:
-            ValueError: if there is no such preset.
+        The presets are `"tiny"` for trials, `"small"` for two CPU cores and `"base"` for a GPU. `kwargs`
+        override their arguments.
         """
         if preset not in PRESETS:
             raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
@@ -454,21 +449,19 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         nn.init.normal_(self.class_embedding.weight, std=0.5)
         nn.init.zeros_(self.class_embedding.weight[-1])
         for name, parameter in self.named_parameters():
-            if re.search(r"modulation|^proj_out|decoder.*(conv2|conv_out)\.", name):
+            if re.search(r"modulation|^proj_out|augment|decoder.*(conv2|conv_out)\.", name):
                 nn.init.zeros_(parameter)
 
-    def add_positions(
-        self, hidden_states: torch.Tensor, height: int, width: int, pixels: int
-    ) -> torch.Tensor:
+    def add_positions(self, tokens: torch.Tensor, height: int, width: int, pixels: int) -> torch.Tensor:
         """Adds 2D sinusoidal positions, in the range of the training grid's, to tokens `pixels` wide."""
         positions = get_2d_sincos_pos_embed(
-            hidden_states.shape[-1],
+            tokens.shape[-1],
             (height, width),
             interpolation_scale=self.config.interpolation_scale,
             base_size=self.config.sample_size // pixels,
-            device=hidden_states.device,
+            device=tokens.device,
         )
-        return hidden_states + positions.to(hidden_states.dtype)
+        return tokens + positions.to(tokens.dtype)
 
     def run_block(self, block: nn.Module, *inputs: Any) -> torch.Tensor:
         """Calls a block, and keeps no activations inside it if gradient checkpointing is on."""
@@ -507,6 +500,7 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return_dict: bool = True,
         perturbed_layers: Sequence[int] | None = None,
         feature_layer: int | None = None,
+        augment_labels: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         r"""Predicts the EDM network output $F_\theta$.
 
@@ -524,6 +518,8 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 the identity, for perturbed-attention guidance (Ahn et al. 2024, section 4).
             feature_layer (`int`, *optional*): index of a block whose output is returned as `sample`, of shape
                 `(batch, tokens, dim)`. What follows it is not evaluated.
+            augment_labels (`torch.Tensor` of shape `(batch, augment_dim)`, *optional*): how the training
+                images were augmented; zeros, or `None`, mean that they were not.
 
         Returns:
             `Transformer2DModelOutput` or `tuple`: `sample` of shape `(batch, in_channels, height, width)`.
@@ -564,6 +560,10 @@ class PetTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         ids = torch.arange(self.config.num_classes + 1, device=labels.device) if is_mixed else labels
         embedded = self.class_embedding(ids.reshape(-1)).to(conditioning)
         embedded = labels.to(conditioning) @ embedded if is_mixed else embedded.expand(batch, -1)
+        if augment_labels is not None:
+            if self.augment_embedding is None:
+                raise ValueError("`augment_labels` are for models with an `augment_dim`.")
+            embedded = embedded + self.augment_embedding(augment_labels.to(conditioning))
         conditioning = F.silu(conditioning + embedded)  # (N, D)
 
         hidden_states = self.add_positions(self.patch_embed(hidden_states), height, width, patch_size)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CARD_OPTIONS = (
     "objective",
     "random_flip",
+    "augmentation_probability",
     "noise_schedule",
     "p_mean",
     "p_std",

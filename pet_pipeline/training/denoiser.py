@@ -9,6 +9,7 @@ import torch
 from ..pipeline_pet_diffusion import PetDiffusionPipeline
 from ..scheduling_adaptive_edm import AdaptiveEDMScheduler
 from ..transformer_pet import PRESETS, PetTransformer2DModel, dct_matrix, transform_patches
+from .augmentation import NUM_AUGMENT_LABELS
 from .data import ImageSet
 from .streaming import StreamedImages
 
@@ -34,6 +35,10 @@ def create_denoiser(
     draw = {"adaptive": args.noise_schedule == "adaptive", "p_mean": args.p_mean, "p_std": args.p_std}
     if pretrained is not None:
         transformer = adapt_model(pretrained, train_set.class_names, resolution, num_channels)
+        if args.augmentation_probability and not transformer.config.get("augment_dim"):
+            raise ValueError(
+                "--augmentation_probability needs a new model, or one that was trained with it before."
+            )
         if args.objective == "consistency":
             if transformer is not pretrained.transformer:
                 raise ValueError(
@@ -56,6 +61,8 @@ def create_denoiser(
         "prediction_type": args.prediction_type,
         **args.model_config,
     }
+    if args.augmentation_probability:
+        config["augment_dim"] = NUM_AUGMENT_LABELS
     if args.frequency_preconditioning and "frequency_variances" not in config:
         patch_size = config.get("patch_size", PRESETS[args.preset]["patch_size"])
         measured = (earlier_config or {}).get("frequency_variances")

@@ -158,12 +158,17 @@ class DenoiserWithLoss(nn.Module):
         target: torch.Tensor,
         sigmas: torch.Tensor,
         weights: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
     ) -> BalancedAdaptiveLossOutput:
         """Computes the losses of a batch from `model_input` c_in·x and `timesteps` c_noise.
 
-        The other arguments are those of [`BalancedAdaptiveLoss.forward`].
+        `augment_labels` are for a denoiser that takes them. The other arguments are those of
+        [`BalancedAdaptiveLoss.forward`].
         """
-        model_output = self.transformer(model_input, timesteps, class_labels, return_dict=False)[0]
+        conditions = {} if augment_labels is None else {"augment_labels": augment_labels}
+        model_output = self.transformer(
+            model_input, timesteps, class_labels, return_dict=False, **conditions
+        )[0]
         return self.loss_function(model_output.float(), target, sigmas, weights=weights)
 
 

@@ -25,7 +25,7 @@ CONSISTENCY_DEFAULTS: dict[str, Any] = {
     "optimizer": "adamw",
     "learning_rate": 1e-3,
 }
-NOISE_OPTIONS = ("noise_schedule", "p_mean", "p_std")
+NO_CONSISTENCY_OPTIONS = ("noise_schedule", "p_mean", "p_std", "augmentation_probability")
 NOT_FOR_STREAMS = ("num_train_epochs", "max_train_samples", "validation_fraction", "max_memory_gb")
 HUB_OPTIONS = ("hub_model_id", "hub_private_repo", "hub_token", "hub_strategy")
 
@@ -34,6 +34,7 @@ SHARED_ARGUMENTS = {
     "sample_size": "use --resolution",
     "num_classes": "use --classes",
     "in_channels": "use --image_mode",
+    "augment_dim": "use --augmentation_probability",
     "prediction_type": "use --prediction_type",
     "sigma_data": "the scheduler fixes it at 0.5",
 }
@@ -98,7 +99,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(
                 f"--train_batch_size must be a multiple of {NUM_LEVELS} with --objective consistency"
             )
-        for name in NOISE_OPTIONS:
+        for name in NO_CONSISTENCY_OPTIONS:
             if is_given(name):
                 parser.error(f"--{name} has no effect with --objective consistency")
     for name in NOT_FOR_STREAMS:
@@ -158,6 +159,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="size that images are resized and cropped to; the default is that of the saved model, or 32",
     )
     add("--random_flip", action=flag, default=True, help="mirror images at random")
+    add(
+        "--augmentation_probability",
+        type=share,
+        default=0.0,
+        help="probability of each of five geometric changes of an image, which a new model is told of; 0.12 "
+        "is usual for small data sets",
+    )
     add("--validation_fraction", type=float, default=0.1, help="fraction of each class that is held out")
     add(
         "--validation_images",
