@@ -1,6 +1,7 @@
 """Geometric changes of training images: they are what their labels say, and the model is told of them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,8 +62,8 @@ def test_training_with_augmentation_and_fine_tuning_with_and_without(image_folde
     train(image_folder, tmp_path / "out", augmentation_probability=0.5)
     config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
     assert config["augment_dim"] == 6
-    pipeline = PetDiffusionPipeline.from_pretrained(tmp_path / "out")
-    assert pipeline.transformer.augment_embedding.weight.any()
+    learned = augment_weights(tmp_path / "out")
+    assert learned.any()
     for name, probability in (("more", 0.5), ("plain", 0.0)):
         train(
             image_folder,
@@ -71,6 +72,13 @@ def test_training_with_augmentation_and_fine_tuning_with_and_without(image_folde
             augmentation_probability=probability,
             model_config=None,
         )
+    assert not torch.equal(augment_weights(tmp_path / "more"), learned)
+    assert torch.equal(augment_weights(tmp_path / "plain"), learned)
+
+
+def augment_weights(folder: Path) -> torch.Tensor:
+    """The weights of a saved pipeline for the labels of the changes."""
+    return PetDiffusionPipeline.from_pretrained(folder).transformer.augment_embedding.weight
 
 
 def test_a_model_that_knows_no_augmentation_is_refused(image_folder, saved, tmp_path):

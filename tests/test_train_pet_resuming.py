@@ -57,7 +57,7 @@ STREAM = {"streaming": True, "validation_images": 4}
     ("source", "step"),
     [
         pytest.param({}, 3, id="in memory, first pass"),
-        pytest.param({}, 6, id="in memory, second pass"),
+        pytest.param({"augmentation_probability": 0.5}, 6, id="in memory, augmented, second pass"),
         pytest.param({"max_memory_gb": 1e-9}, 3, id="on the fly, first pass", marks=pytest.mark.slow),
         pytest.param({"max_memory_gb": 1e-9}, 6, id="on the fly, second pass"),
         pytest.param(STREAM, 3, id="stream, first pass", marks=pytest.mark.slow),
