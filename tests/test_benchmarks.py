@@ -9,6 +9,7 @@ from pathlib import Path
 import combine_denoisers
 import compare_recipes
 import pytest
+import speedrun
 import torch
 import train_baseline
 from accelerate.state import AcceleratorState
@@ -86,6 +87,21 @@ def test_scripts_find_what_they_import(installed, tmp_path):
     command = [sys.executable, str(script), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=installed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("minutes", "kid", "expected"),
+    [
+        (18.1, 29.0, "Loss up to σ = 7.4: 0.2600 (standard deviation 0.0100), mean KID 29.0"),
+        (18.3, 29.0, "No record: a training took 18.3 minutes, but 18 are allowed."),
+        (18.0, 31.0, "No record: the mean KID is 31.0, but 30 is the most that is allowed."),
+        (18.0, float("nan"), "No record: the mean KID is nan, but 30 is the most that is allowed."),
+    ],
+)
+def test_an_entry_of_the_speedrun_is_judged_by_its_rules(minutes, kid, expected):
+    records = [{"minutes": 18.0, speedrun.KID: kid, speedrun.LOSS: loss} for loss in (0.25, 0.26, 0.27)]
+    records[1]["minutes"] = minutes
+    assert speedrun.verdict(speedrun.TRACKS["cpu"], records) == expected
 
 
 @pytest.mark.slow

@@ -129,6 +129,13 @@ def train_and_measure(name: str, seed: int, core: int | None, args: argparse.Nam
     return record
 
 
+def table_row(record: dict[str, Any]) -> str:
+    """Returns the Markdown row of a record, with the columns `COLUMNS`."""
+    formats = ["{:,}", "{:.1f}", "{:.1f}", "{:.0f}", "{:.4f}", "{:.4f}", "{:.1f}", "{:.1f}"]
+    cells = [form.format(record[key]) if key in record else "" for form, key in zip(formats, COLUMNS)]
+    return f"| `{record['name']}` | {record['seed']} | " + " | ".join(cells) + " |"
+
+
 def measure(args: argparse.Namespace) -> None:
     """Samples from a trained variant and compares the images with training images."""
     from train_baseline import load_denoiser
@@ -181,11 +188,6 @@ def main() -> None:
     lock = threading.Lock()
     print("| run | seed | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 2) + "|")
 
-    def show(record: dict[str, Any]) -> None:
-        formats = ["{:,}", "{:.1f}", "{:.1f}", "{:.0f}", "{:.4f}", "{:.4f}", "{:.1f}", "{:.1f}"]
-        cells = [form.format(record[key]) if key in record else "" for form, key in zip(formats, COLUMNS)]
-        print(f"| `{record['name']}` | {record['seed']} | " + " | ".join(cells) + " |", flush=True)
-
     def work(core: int | None) -> None:
         while True:
             try:
@@ -200,10 +202,10 @@ def main() -> None:
             with lock:
                 with results.open("a") as file:
                     file.write(json.dumps(record) + "\n")
-                show(record)
+                print(table_row(record), flush=True)
 
     for record in done:
-        show(record)
+        print(table_row(record), flush=True)
     cores = [None] if args.on_gpu else sorted(os.sched_getaffinity(0))
     workers = [threading.Thread(target=work, args=[core]) for core in cores]
     for worker in workers:

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/measure_speed.py attention     # linear against softmax attention, by tokens
     python tests/benchmarks/measure_speed.py presets       # all presets, eager and compiled
+    python tests/benchmarks/measure_speed.py peak          # `base` against matrix products, and int8
     python tests/benchmarks/measure_speed.py sizes         # `small` by the size of its images
     python tests/benchmarks/measure_speed.py baselines     # `small`, now and before, and two baselines
     python tests/benchmarks/measure_speed.py optimizer     # Muon, ours against PyTorch's
@@ -12,17 +13,19 @@ Run it while nothing else runs.
 """
 
 import argparse
+import copy
 import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from compare_recipes import FLAT
+from compare_recipes import FLAT, FLAT_BASE
 from diffusers.models.modeling_utils import ModelMixin
 from train_baseline import DiTBaseline, UNetBaseline, forward_flops
 
@@ -140,6 +143,91 @@ def measure_presets() -> None:
             print(f"| `{preset}` | {size} | {mode} | {batch / step:.1f} | {batch / sample:.1f} |", flush=True)
 
 
+def in_turn(functions: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
+    """Seconds of the fastest call of each function, where they take turns: the machine's speed varies.
+
+    In each turn, a first call that is not measured brings weights and memory back.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            function()
+            began = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - began)
+    return {name: min(found) for name, found in times.items()}
+
+
+def onnx_runner(
+    model: ModelMixin, inputs: tuple[torch.Tensor, ...], folder: str, eight_bits: bool
+) -> Callable[[], object]:
+    """A forward pass in ONNX Runtime, in float32 or with weights and activations of 8 bits."""
+    import onnxruntime
+    from onnxruntime.quantization import quantize_dynamic
+
+    path, names = f"{folder}/model.onnx", ("hidden_states", "timestep", "class_labels")
+    torch.onnx.export(model, inputs, path, input_names=names, dynamo=True, verbose=False)
+    if eight_bits:
+        quantize_dynamic(path, f"{folder}/quantized.onnx")
+        path = f"{folder}/quantized.onnx"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    feed = {name: tensor.numpy() for name, tensor in zip(names, inputs)}
+    return lambda: session.run(None, feed)
+
+
+def measure_peak() -> None:
+    batch = 16
+    inputs = torch.randn(batch, 3, 32, 32), torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
+
+    def passes(model: ModelMixin) -> tuple[Callable[[], object], Callable[[], object]]:
+        def step() -> None:
+            model(*inputs, return_dict=False)[0].square().mean().backward()
+
+        @torch.no_grad()
+        def forward() -> None:
+            model(*inputs, return_dict=False)
+
+        return forward, step
+
+    torch.manual_seed(0)
+    model = PetTransformer2DModel.from_preset("base")
+    former = PetTransformer2DModel.from_preset("base", **json.loads(FLAT_BASE))
+    compiled = copy.deepcopy(model)
+    compiled.compile()
+    functions: dict[str, Callable[[], object]] = {}
+    flops = {}
+    for name, each in (("`base`", model), ("the former `base`", former), ("`base`, compiled", compiled)):
+        one_pass = forward_flops(former if each is former else model)
+        for what, function in zip(("forward", "training step"), passes(each)):
+            functions[f"{name} | {what}"] = function
+            flops[f"{name} | {what}"] = batch * one_pass * (1 if what == "forward" else 3)
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    functions["matrix product"], flops["matrix product"] = lambda: a @ b, 2 * 2048**3
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("float32", "int8"):
+            name = f"`base`, ONNX Runtime, {kind} | forward"
+            functions[name] = onnx_runner(model.eval(), inputs, folder, kind == "int8")
+            flops[name] = flops["`base` | forward"]
+        for function in functions.values():  # compiles what is compiled
+            function()
+        seconds = in_turn(functions)
+    peak = flops.pop("matrix product") / seconds.pop("matrix product")
+    print(f"The product of two matrices of 2048×2048 runs at {peak / 1e9:.0f} GFLOP/s.\n")
+    print("| model | pass | images/s | share of that speed |\n" + "|---" * 4 + "|")
+    for name, time_taken in seconds.items():
+        print(f"| {name} | {batch / time_taken:.1f} | {flops[name] / time_taken / peak:.2f} |")
+    with torch.profiler.profile() as profile:
+        for _ in range(5):
+            functions["`base` | forward"]()
+    print("\n| operation of a forward pass of `base` | share of the time |\n|---|---|")
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    for event in events[:12]:
+        print(f"| `{event.key}` | {event.self_cpu_time_total / total:.3f} |")
+
+
 def measure_sizes() -> None:
     print("| pixels | batch | training step, images/s | cost of an image |\n|---|---|---|---|")
     rates = {}
@@ -242,6 +330,7 @@ def main() -> None:
     measurements = {
         "attention": measure_attention,
         "presets": measure_presets,
+        "peak": measure_peak,
         "sizes": measure_sizes,
         "baselines": measure_baselines,
         "optimizer": measure_optimizer,
