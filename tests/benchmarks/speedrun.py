@@ -8,6 +8,7 @@ What follows `--` are options of `train_pet.py`. With the commit, they are the e
 
 import argparse
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -58,8 +59,9 @@ def main() -> None:
     parser.add_argument("--dataset_name", default="uoft-cs/cifar10")
     parser.add_argument("--cache_dir")
     parser.add_argument("--out", type=Path, default=Path("speedrun"), help="new folder of the trainings")
-    parser.add_argument("options", nargs="*", help="options of `train_pet.py`, after `--`")
-    args = parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    args, options = parser.parse_args(words[:end]), words[end + 1 :]
     track = TRACKS[args.track]
     if args.out.exists():
         parser.error(f"{args.out} exists: an entry starts from nothing")
@@ -74,7 +76,7 @@ def main() -> None:
 
     args.max_train_minutes, args.num_images = track.minutes, NUM_IMAGES
     args.out.mkdir(parents=True)
-    RUNS["entry"] = [*OURS, *args.options]
+    RUNS["entry"] = [*OURS, *options]
     print("| run | seed | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 2) + "|")
     records = []
     for seed in SEEDS:
