@@ -57,24 +57,21 @@ from pet_pipeline.training.checkpointing import (
 )
 from pet_pipeline.training.consistency import ConsistencyTeacher
 from pet_pipeline.training.data import (
-    ImageSet,
     UnusableImageError,
     describe_split,
     image_mode,
-    load_if_small,
-    open_image_dataset,
     random_horizontal_flip,
-    split_dataset,
     to_model_range,
 )
 from pet_pipeline.training.denoiser import create_denoiser, pipeline_defaults
 from pet_pipeline.training.hardware import create_accelerator, whole_parameters
+from pet_pipeline.training.loading import create_loader, load_data
 from pet_pipeline.training.log import TrainingLog
 from pet_pipeline.training.losses import BalancedAdaptiveLossOutput, DenoiserWithLoss
 from pet_pipeline.training.optimization import create_optimizer, learning_rate_factor
 from pet_pipeline.training.options import parse_args
 from pet_pipeline.training.results import TrainingResults, load_features
-from pet_pipeline.training.streaming import StreamedImages, num_loading_processes, open_image_stream
+from pet_pipeline.training.streaming import StreamedImages
 
 
 # After so many steps in a row without a finite gradient, the training ends. Each of them halves the loss
@@ -104,35 +101,6 @@ class Training:
     repo_id: str
 
 
-def load_data(
-    args: argparse.Namespace, resolution: int, mode: str, earlier_split: dict[str, Any] | None
-) -> tuple[ImageSet | StreamedImages, ImageSet]:
-    """Opens the data set, and returns its images for training and those held out.
-
-    The split does not depend on the seed, so that no run trains on images that another run holds out.
-    """
-    common = {
-        "dataset_name": args.dataset_name,
-        "classes": None if args.classes == ["all"] else args.classes,
-        "resolution": resolution,
-        "split": args.train_split,
-        "image_mode": mode,
-        "dataset_config_name": args.dataset_config_name,
-        "image_column": args.image_column,
-        "label_column": args.label_column,
-        "cache_dir": args.cache_dir,
-    }
-    if args.streaming:
-        stream = open_image_stream(**common)
-        return stream, stream.hold_out(
-            args.validation_images, args.shuffle_buffer_size, args.seed, earlier_split
-        )
-    dataset = open_image_dataset(**common, max_samples=args.max_train_samples)
-    split = split_dataset(dataset, args.validation_fraction, earlier_split)
-    train_set, held_out_set = load_if_small(split, args.max_memory_gb)
-    return train_set, held_out_set
-
-
 def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     """Builds everything that a training consists of, and loads its checkpoint."""
     # Processes, randomness, and the checkpoint to continue
@@ -154,27 +122,8 @@ def prepare(args: argparse.Namespace, state: TrainingState) -> Training:
     train_set, held_out_set = load_data(args, resolution, mode, earlier.get("split"))
     if len(train_set.class_names) == 1:
         args.label_dropout = 0.0  # guidance, which needs a null class, would have nothing to tell apart
-    is_enough = train_set.has_images(args.train_batch_size * accelerator.num_processes)
-    if args.streaming and not is_enough:
-        raise ValueError(
-            "The stream has too few images for one step beside those held out: lower --validation_images or "
-            "--train_batch_size."
-        )
-    if args.evaluation_steps is not None and min(len(held_out_set), args.validation_images) < 2:
-        raise ValueError("--evaluation_steps needs two held-out images at the least.")
-    num_workers = num_loading_processes(train_set, args.dataloader_num_workers, accelerator.is_main_process)
-    loader = torch.utils.data.DataLoader(
-        train_set,
-        batch_size=args.train_batch_size,
-        shuffle=not args.streaming,
-        collate_fn=train_set.collate,
-        num_workers=num_workers,
-        # The processes of a stream are told the epoch when they start.
-        persistent_workers=num_workers > 0 and not args.streaming,
-        pin_memory=torch.cuda.is_available(),
-        drop_last=is_enough,
-        generator=torch.Generator().manual_seed(args.seed),
-    )
+    loader = create_loader(args, accelerator, train_set)
+    num_workers = loader.num_workers
 
     # Model, loss, optimizer, and the pipeline of the averaged weights
     transformer, scheduler = create_denoiser(args, pretrained, train_set, earlier.get("model"))
@@ -278,6 +227,8 @@ def compute_losses(
     if training.teacher is not None:
         with training.accelerator.autocast():
             noisy_images, labels, sigmas, images = training.teacher.trajectories(images, labels)
+        if augment_labels is not None:  # the teacher draws images without any change
+            augment_labels = augment_labels.new_zeros(len(labels), augment_labels.shape[1])
         timesteps, weights = scheduler.precondition_noise(sigmas), torch.ones_like(sigmas)
     else:
         is_dropped = torch.rand(len(labels), device=labels.device) < args.label_dropout

@@ -5,8 +5,8 @@ class that helps the denoiser most to remove noise from an image. All classes ar
 which is drawn in pairs ±ε at stratified noise levels, and an image is decided once its classes are apart.
 A linear probe of the denoiser's features tells the class too, for a few evaluations (Xiang et al. 2023).
 
-This file travels inside every saved checkpoint: it imports PyTorch, diffusers, the standard library and
-`pipeline_pet_loading`, which travels too.
+This file travels inside every saved checkpoint: it imports PyTorch, diffusers, Pillow, the standard library
+and `pipeline_pet_loading`, which travels too.
 """
 
 import math
@@ -99,9 +99,9 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
 
         Args:
             images (PIL images, paths, tensors, or a list of them): images of any size and mode, which are
-                converted to RGB and to the size of the model. A file may have up to 2²⁴ pixels. A tensor has
-                the shape `(3, height, width)` or `(batch, 3, height, width)`, and is uint8, or floating point
-                in [0, 1].
+                converted to the mode and the size of the model. A file may have up to 2²⁴ pixels. A tensor
+                has the shape `(channels, height, width)` or `(batch, channels, height, width)`, and is uint8,
+                or floating point in [0, 1].
             num_evaluations (`int`, defaults to 32): the most evaluations of the denoiser for each class, an
                 even number.
             adaptive (`bool`, defaults to `True`): decide an image, or give up a class, once the classes are
@@ -399,11 +399,9 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
 
     def band_weights(self, sigmas: torch.Tensor, calibration: dict | None, num_values: int) -> torch.Tensor:
         """Returns the weights of a calibration, or of the likelihood bound if there is no calibration."""
-        low, high = BAND_RANGE
         if calibration is None:
-            return self.likelihood_weights(sigmas, num_values, low, high)
-        bands = ((sigmas / low).log() / math.log(high / low) * NUM_BANDS).long().clamp(0, NUM_BANDS - 1)
-        return torch.tensor(calibration["weights"])[bands]
+            return self.likelihood_weights(sigmas, num_values, *BAND_RANGE)
+        return torch.tensor(calibration["weights"])[noise_bands(sigmas)]
 
     def likelihood_weights(
         self, sigmas: torch.Tensor, num_values: int, low: float, high: float
@@ -465,6 +463,12 @@ class PetClassificationPipeline(PetPipelineMixin, DiffusionPipeline):
                 )
             )
         return collected
+
+
+def noise_bands(sigmas: torch.Tensor) -> torch.Tensor:
+    """Returns the band of the calibration, from 0 to `NUM_BANDS` - 1, of each noise level."""
+    low, high = BAND_RANGE
+    return ((sigmas / low).log() / math.log(high / low) * NUM_BANDS).long().clamp(0, NUM_BANDS - 1)
 
 
 def van_der_corput(index: int) -> float:

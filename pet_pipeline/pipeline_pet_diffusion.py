@@ -85,7 +85,8 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         self,
         guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
         output_type: str = "pil",
-        callback_on_step_end_tensor_inputs: Sequence[str] = (),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = (),
+        pag_applied_layers: Sequence[int] | None = None,
     ) -> None:
         """Raises `ValueError` for an unsuitable component or an argument of [`__call__`] out of range.
 
@@ -106,6 +107,14 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
                 "`pag_scale` needs a model whose `forward` takes `perturbed_layers`, such as "
                 f"`PetTransformer2DModel`, but the model is of the class {type(self.transformer).__name__}."
             )
+        if self._pag_scale != 0 and pag_applied_layers is not None:
+            blocks = range(self.transformer.config.num_layers)
+            is_list = isinstance(pag_applied_layers, (list, tuple))
+            if not is_list or not all(layer in blocks for layer in pag_applied_layers):
+                raise ValueError(
+                    f"`pag_applied_layers` must be a list of blocks from 0 to {len(blocks) - 1}, but is "
+                    f"{pag_applied_layers!r}."
+                )
         check_scale("autoguidance_scale", self._autoguidance_scale)
         if self._autoguidance_scale != 1 and self.guide is None:
             raise ValueError(
@@ -128,7 +137,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             raise ValueError(
                 f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}."
             )
-        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
+        if not set(callback_on_step_end_tensor_inputs or ()) <= set(self._callback_tensor_inputs):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` must be in {self._callback_tensor_inputs}, but is "
                 f"{callback_on_step_end_tensor_inputs}."
@@ -343,7 +352,9 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
         self.set_guidance(guidance_scale, guidance_schedule, pag_scale, autoguidance_scale)
-        self.check_inputs(guidance_interval, output_type, callback_on_step_end_tensor_inputs)
+        self.check_inputs(
+            guidance_interval, output_type, callback_on_step_end_tensor_inputs, pag_applied_layers
+        )
         device = self._execution_device
         labels, null_labels = self.prepare_labels(
             class_labels, negative_class_labels, num_images_per_prompt, device
@@ -390,7 +401,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
 
                 if callback_on_step_end is not None:
                     callback_kwargs = {}
-                    for name in callback_on_step_end_tensor_inputs:
+                    for name in callback_on_step_end_tensor_inputs or ():
                         callback_kwargs[name] = locals()[name]
                     callback_outputs = callback_on_step_end(self, i, timestep, callback_kwargs)
                     latents = (callback_outputs or {}).pop("latents", latents)

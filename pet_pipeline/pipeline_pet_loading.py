@@ -4,7 +4,8 @@ Both pipeline files import this file relatively, and a saved folder holds them a
 it without this package. A process that loads the code of two folders with different versions of this file
 keeps the first version, because diffusers copies the files of all folders into one place.
 
-This file travels inside every saved checkpoint: it imports PyTorch, diffusers and the standard library only.
+This file travels inside every saved checkpoint: it imports PyTorch, diffusers, Pillow and the standard
+library only.
 """
 
 import importlib
@@ -318,7 +319,7 @@ class PetPipelineMixin(PipelineBase):
     def takes_argument(self, name: str) -> bool:
         """Whether the model's `forward` has an argument of this name."""
         model = self.transformer._orig_mod if is_compiled_module(self.transformer) else self.transformer
-        return name in inspect.signature(model.forward).parameters
+        return name in inspect.signature(type(model).forward).parameters  # hooks replace that of the model
 
     def check_scheduler(self) -> None:
         """Raises `ValueError` if the scheduler does not have the preconditioning of EDM."""

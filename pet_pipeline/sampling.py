@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -150,7 +150,7 @@ class SampleSettings:
     def __post_init__(self) -> None:
         for name, option in self.options().items():
             value = getattr(self, name)
-            if value is None and _is_optional(self.__dataclass_fields__[name]):
+            if value is None and self.__dataclass_fields__[name].default is None:
                 continue
             if self.number_type(name) is not None:
                 if not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -187,10 +187,6 @@ class SampleSettings:
     def __str__(self) -> str:
         values = {option.label.lower(): getattr(self, name) for name, option in self.options().items()}
         return ", ".join(f"{label} {value}" for label, value in values.items() if value is not None)
-
-
-def _is_optional(item: Field) -> bool:
-    return type(None) in getattr(item.type, "__args__", ())
 
 
 def label_ids(pipeline: "PetDiffusionPipeline", names: list[str]) -> list[int]:

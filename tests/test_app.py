@@ -1,5 +1,6 @@
 """What the web page does: drawing, classifying, reading uploads, and HTML."""
 
+import io
 import math
 import os
 import re
@@ -24,6 +25,7 @@ from pet_pipeline.sampling import (
     image_settings,
     scheduler_by_name,
 )
+from pet_pipeline.training.data import ImageDataset
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
@@ -422,20 +424,44 @@ def test_names_are_no_markup(model):
     assert [text for kind, text in contents if kind == "html" and "by diffusion: &lt;b&gt;" in text]
 
 
+def test_pictures_of_a_comparison_are_known_as_soon_as_they_are_drawn(pipeline):
+    settings = [2, 1.0, "adaptive", 0.0, 1.0, "no class", "as saved"]
+    steps = handlers.Handlers(pipeline).compare_two(["cat"], 1, 5, False, *settings, *settings)
+    shown = [(pictures, seed) for _, _, pictures, seed in steps]
+    assert shown[0] == ([], 5)
+    changes = [pictures for pictures, _ in shown if isinstance(pictures, list)]
+    assert [len(pictures) for pictures in changes] == [0, 1, 2, 2]
+    assert all(not isinstance(seed, int) for _, seed in shown[1:])  # what is typed meanwhile stays
+
+
+def test_another_image_ends_the_editing_of_the_last(pipeline):
+    functions = build_app(pipeline).fns
+    (editing,) = [number for number, each in functions.items() if each.name == "edit"]
+    ending = [each for each in functions.values() if editing in each.cancels]
+    assert len(ending) == 6  # cancel, upload, example, and the buttons of the pictures of three tabs
+
+
+def test_an_image_that_is_chosen_again_is_another_to_the_page():
+    image = Image.new("RGB", (8, 8))
+    assert handlers.chosen_outputs(image, "x")[2] is not image
+
+
 def test_a_copy_of_a_training_image_is_told(pipeline):
     samples = tasks.sample(pipeline, ["cat"], 2, 0, SampleSettings(4))
     known = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
-    assert "0 of the 2 samples count as copies" in html.neighbors_html(samples.pictures, known)
+    train = ImageDataset(known, torch.zeros(20).long(), ["cat"])
+    assert "0 of the 2 samples count as copies" in html.neighbors_html(samples.pictures, train)
     known[7] = pixels(samples.rows["cat"][1]).permute(2, 0, 1).flip(-1).byte()  # mirrored
-    text = html.neighbors_html(samples.pictures, known)
+    text = html.neighbors_html(samples.pictures, train)
     assert "1 of the 2 samples count as copies" in text and "1: 0.00" in text
-    assert decoded(re.findall(r'src="([^"]*)" alt="training image 1 closest to cat, seed 1"', text)[0])
+    content = decoded(re.findall(r'src="([^"]*)" alt="training image 1 closest to cat, seed 1"', text)[0])
+    assert torch.equal(pixels(Image.open(io.BytesIO(content))).permute(2, 0, 1).byte(), known[7])
 
 
 @pytest.mark.parametrize(
     ("component", "message"),
     [
-        ({"scheduler": DDPMScheduler()}, "must be one of EDM"),
+        ({"scheduler": DDPMScheduler()}, "must be an EDM scheduler"),
         ({"guider": ClassifierFreeGuidance()}, "has a guider, ClassifierFreeGuidance"),
         ({"pag_scale": 100.0}, "saved `pag_scale` must be from 0 to 8, but is 100"),
     ],

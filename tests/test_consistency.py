@@ -241,6 +241,19 @@ def test_what_tuning_cannot_do_is_one_error(finished_run, image_folder, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_teacher_with_churn_and_augmentation_on_few_images(image_folder, tmp_path):
+    teacher = PetDiffusionPipeline(
+        random_model(0, augment_dim=6),
+        AdaptiveEDMScheduler(solver="heun", s_churn=10.0, final_sigmas_type="sigma_min"),
+        id2label={0: "cat", 1: "dog"},
+    )
+    teacher.save_pretrained(tmp_path / "teacher")
+    options = tuning(pretrained_model_name_or_path=tmp_path / "teacher", train_batch_size=64)
+    train(image_folder, tmp_path / "out", **options)  # a batch is all 36 images, and 32 of its trajectories
+    config = PetDiffusionPipeline.from_pretrained(tmp_path / "out").scheduler.config
+    assert (config.solver, config.s_churn, config.final_sigmas_type) == ("consistency", 0.0, "zero")
+
+
 def test_low_rank_updates(finished_run, image_folder, tmp_path):
     before = load_file(finished_run / "transformer" / "diffusion_pytorch_model.safetensors")
     options = tuning(pretrained_model_name_or_path=finished_run, lora_rank=2)

@@ -15,7 +15,6 @@ from pet_pipeline.training.data import (
     image_mode,
     image_to_tensor,
     load_if_small,
-    load_image_dataset,
     open_image_dataset,
     random_horizontal_flip,
     stratified_split,
@@ -24,9 +23,9 @@ from pet_pipeline.training.data import (
 
 
 def load(image_folder, tmp_path, **kwargs):
-    return load_image_dataset(
+    return open_image_dataset(
         str(image_folder), cache_dir=str(tmp_path / "cache"), **{"resolution": 8, **kwargs}
-    )
+    ).load()
 
 
 def test_classes_by_name_and_in_order(image_folder, tmp_path):
@@ -219,7 +218,8 @@ def test_a_batch_is_one_fetch():
 
 def test_stored_images_are_those_in_memory(image_folder, tmp_path):
     options = {"classes": ["dog", "cat"], "resolution": 8, "cache_dir": str(tmp_path / "cache")}
-    stored, loaded = (load(str(image_folder), **options) for load in (open_image_dataset, load_image_dataset))
+    stored = open_image_dataset(str(image_folder), **options)
+    loaded = stored.load()
     assert stored.image_shape == loaded.image_shape == (3, 8, 8) and stored.num_bytes == loaded.images.nbytes
     assert describe_split(*reversed(stratified_split(stored))) == describe_split(
         *reversed(stratified_split(loaded))

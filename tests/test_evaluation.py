@@ -21,7 +21,7 @@ from pet_pipeline.evaluation.images import (
 from pet_pipeline.evaluation.metrics import FEATURE_EXTRACTORS, validation_loss
 from pet_pipeline.evaluation.reference import Reference, balanced_subset, load_reference
 from pet_pipeline.evaluation.tables import markdown_table
-from pet_pipeline.training.data import ImageDataset, StoredImages, load_image_dataset, stratified_split
+from pet_pipeline.training.data import ImageDataset, StoredImages, open_image_dataset, stratified_split
 
 
 @pytest.fixture(autouse=True)
@@ -186,7 +186,7 @@ def test_images_that_do_not_fit_into_memory_are_measured_the_same(pipeline, imag
 
 
 def test_a_reference_is_split_as_its_training_was(image_folder):
-    dataset = load_image_dataset(str(image_folder), ["cat", "dog"], 8, max_samples=24)
+    dataset = open_image_dataset(str(image_folder), ["cat", "dog"], 8, max_samples=24).load()
     train, validation = stratified_split(dataset, 0.25)
     reference = load_reference(
         str(image_folder), ["cat", "dog"], 8, validation_fraction=0.25, max_train_samples=24

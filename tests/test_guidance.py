@@ -62,10 +62,10 @@ def test_perturbed_attention_guidance_of_our_model(pipeline):
     assert not torch.equal(plain, guided)
     pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
     assert torch.equal(draw(pag_scale=1.0), guided)
-    with pytest.raises(
-        ValueError, match="`perturbed_layers` and `feature_layer` must be in .0, 1., but there is 2"
-    ):
-        draw(pag_scale=1.0, pag_applied_layers=[2])
+    assert not torch.equal(draw(pag_scale=1.0, pag_applied_layers=(1,)), guided)
+    for layers in ([2], [-1], 1, "blocks.1", ["1"]):
+        with pytest.raises(ValueError, match="must be a list of blocks from 0 to 1, but is"):
+            draw(pag_scale=1.0, pag_applied_layers=layers)
 
 
 def test_the_perturbed_attention_guidance_that_suits_a_model_is_saved_with_it(pipeline, tmp_path):

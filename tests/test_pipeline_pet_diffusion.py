@@ -246,6 +246,14 @@ def test_callbacks_see_replace_and_steer(pipeline):
         pipeline(
             "cat", 2, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["prompt_embeds"]
         )
+    seen = []
+    pipeline(
+        "cat",
+        1,
+        callback_on_step_end=lambda pipe, step, timestep, tensors: seen.append(tensors),
+        callback_on_step_end_tensor_inputs=None,
+    )
+    assert seen == [{}]
 
 
 def test_last_prediction_is_the_image(pipeline):

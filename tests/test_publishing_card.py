@@ -53,6 +53,19 @@ def test_the_card_of_a_cifar10_model(saved, pipeline):
     assert headings == expected
 
 
+def test_a_bundled_model_is_no_base_model_of_the_hub(saved, pipeline):
+    text = rendered(saved, pipeline, "uoft-cs/cifar10", base_model="fast")
+    assert "base_model" not in ModelCard(text).data.to_dict() and "huggingface.co/fast" not in text
+    assert "| started from | a pipeline trained before |" in text
+
+
+def test_the_card_names_the_split(saved, pipeline):
+    options = {"train_split": "train[:50%]"}
+    text = rendered(saved, pipeline, "uoft-cs/cifar10", options=options, validation_loss=0.3)
+    (result,) = ModelCard(text).data.to_dict()["model-index"][0]["results"]
+    assert result["dataset"]["split"] == "train[:50%]" and "of the split `train[:50%]` of" in text
+
+
 def test_the_card_of_a_local_data_set_claims_and_leaks_nothing(image_folder, tmp_path):
     output_dir = tmp_path / "birds"
     train(image_folder, output_dir, classes=["all"], max_train_steps=1)

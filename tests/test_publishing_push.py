@@ -15,14 +15,15 @@ from diffusers import EDMEulerScheduler
 from PIL import Image
 from support.hub_server import TOKEN, use
 from support.loading import DRAW, GENERIC, INSTALLED, ROOT, image_sum
-from support.publishing import PIPELINE_FILES, RECORD, contents
+from support.publishing import PIPELINE_FILES, RECORD, contents, rendered
 from support.training_process import train
 
 import train_pet
 from pet_pipeline import PetDiffusionPipeline, PetLinearProbe
 from pet_pipeline.__main__ import main
 from pet_pipeline.publishing.folder import published_files
-from pet_pipeline.publishing.push import push_folder
+from pet_pipeline.publishing.notebook import render_notebook
+from pet_pipeline.publishing.push import name_repository, push_folder
 
 
 # Training
@@ -77,6 +78,15 @@ def test_snippets_that_trust_code_name_its_commit(pushed_run):
         assert notebook.count("trust_remote_code=True") == notebook.count(json.dumps(snippet)[1:-1]) == 2
         assert 'from_pretrained("user/pets")' in card  # the snippet with the package, which needs no trust
     assert "revision=" not in (output_dir / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["größe", "cats&dogs", "it's", "plain"])
+def test_snippets_name_the_repository_whatever_the_name_of_the_folder(pipeline, tmp_path, name):
+    card = rendered(tmp_path / name, pipeline, "uoft-cs/cifar10")
+    for text in (card, render_notebook(name, pipeline)):
+        named = name_repository(text, "user/pets")
+        loaded = re.findall(r"from_pretrained\(\\?\"(.*?)\\?\"", named)
+        assert loaded and set(loaded) == {"user/pets"}
 
 
 def test_the_token_is_written_nowhere(pushed_run):

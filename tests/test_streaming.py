@@ -10,7 +10,7 @@ from test_data import save_rows
 
 import train_pet
 from pet_pipeline import PetDiffusionPipeline
-from pet_pipeline.training.data import image_digests, load_image_dataset
+from pet_pipeline.training.data import image_digests, open_image_dataset
 from pet_pipeline.training.streaming import num_loading_processes, open_image_stream
 
 
@@ -34,7 +34,9 @@ def test_a_pass_over_a_stream_has_every_image_once_but_those_held_out(shuffled_f
         passes.append(digests(stream))
     assert passes[0] == passes[1] != passes[2]  # an epoch has an order of its own
     assert sorted(passes[0]) == sorted(passes[2]) == sorted(digests(in_order[6:]))
-    known = load_image_dataset(str(shuffled_files), ["dog", "cat"], 8, cache_dir=str(tmp_path / "cache"))
+    known = open_image_dataset(
+        str(shuffled_files), ["dog", "cat"], 8, cache_dir=str(tmp_path / "cache")
+    ).load()
     label_of = dict(zip(image_digests(known.images), known.labels.tolist()))
     assert all(label_of[digests([example])[0]] == example[1] for example in islice(stream, 20))
 

@@ -33,7 +33,7 @@ from pet_pipeline.evaluation.metrics import (
 )
 from pet_pipeline.training import results
 from pet_pipeline.training.checkpointing import list_checkpoints
-from pet_pipeline.training.data import load_image_dataset, stratified_split, to_model_range
+from pet_pipeline.training.data import open_image_dataset, stratified_split, to_model_range
 from pet_pipeline.training.denoiser import adapt_model, frequency_variances
 from pet_pipeline.training.hardware import automatic_precision
 from pet_pipeline.training.optimization import learning_rate_factor
@@ -50,7 +50,7 @@ def test_a_run_leaves_a_pipeline_that_loads_and_draws(finished_run):
 
 def test_a_run_measures_the_frequencies_of_its_images(finished_run, image_folder, tmp_path):
     config = PetDiffusionPipeline.from_pretrained(finished_run).transformer.config
-    images = stratified_split(load_image_dataset(str(image_folder), ["cat", "dog"], 8), 0.1)[0].images
+    images = stratified_split(open_image_dataset(str(image_folder), ["cat", "dog"], 8).load(), 0.1)[0].images
     assert config.frequency_variances == frequency_variances(images, 2)
     train(image_folder, tmp_path / "out", max_train_steps=1, **{"no-frequency_preconditioning": True})
     plain = PetDiffusionPipeline.from_pretrained(tmp_path / "out").transformer
@@ -81,7 +81,7 @@ def test_a_run_leaves_pictures_and_numbers(finished_run):
 
 def test_a_run_validates_the_weights_that_it_saves_on_images_held_out(finished_run, image_folder):
     pipeline = PetDiffusionPipeline.from_pretrained(finished_run)  # without dropout, which training has
-    held_out = stratified_split(load_image_dataset(str(image_folder), ["cat", "dog"], 8), 0.1)[1]
+    held_out = stratified_split(open_image_dataset(str(image_folder), ["cat", "dog"], 8).load(), 0.1)[1]
     assert len(held_out) == 4 and pipeline.transformer.config.dropout == 0.5
     errors = validation_loss(pipeline.transformer, pipeline.scheduler, held_out.subset(torch.arange(3)))
     expected = sum(errors.values()) / len(errors)
@@ -100,7 +100,7 @@ def test_kid_is_measured_on_the_weights_that_are_saved_and_changes_no_training(
     assert_equal(plain, measured)
     records = [record for record in metrics(tmp_path / "measured") if "validation/kid" in record]
     assert [record["step"] for record in records] == [4, 6]
-    held_out = stratified_split(load_image_dataset(str(image_folder), ["cat", "dog"], 8), 0.1)[1]
+    held_out = stratified_split(open_image_dataset(str(image_folder), ["cat", "dog"], 8).load(), 0.1)[1]
     pipeline = PetDiffusionPipeline.from_pretrained(tmp_path / "measured")
     drawn = generate_images(pipeline, 6).images
     expected, _ = kernel_distance(*(image_features(images, Pixels()) for images in (held_out.images, drawn)))
@@ -303,7 +303,7 @@ def test_the_loop_uses_its_options(image_folder, tmp_path, monkeypatch):
 
     # What the model and the loss were given, back to the images they stand for.
     scheduler = AdaptiveEDMScheduler(prediction_type="v_prediction")
-    data = stratified_split(load_image_dataset(str(image_folder), ["cat", "dog"], 8), 0.1)[0]
+    data = stratified_split(open_image_dataset(str(image_folder), ["cat", "dog"], 8).load(), 0.1)[0]
     known = to_model_range(data.images)
     noise, mirrored = [], []
     for levels, inputs, given in zip(drawn, evaluated, losses, strict=True):
@@ -399,7 +399,9 @@ def test_overfitting_eight_images_reproduces_them(tmp_path):
         checkpointing_steps=10000,
         **{"no-random_flip": True},
     )
-    dataset = load_image_dataset(str(tmp_path / "data"), resolution=16, cache_dir=str(tmp_path / "cache"))
+    dataset = open_image_dataset(
+        str(tmp_path / "data"), resolution=16, cache_dir=str(tmp_path / "cache")
+    ).load()
     train_set, _ = stratified_split(dataset, 0.1, seed=0)
     assert len(train_set) == 8
     known = train_pet.to_model_range(train_set.images)

@@ -109,7 +109,8 @@ def counted(number: int, noun: str) -> str:
 
 def chosen_outputs(image: Image.Image, caption: str) -> tuple[str, str, Image.Image]:
     """Returns the status, a preview and the image after a visitor has chosen an image."""
-    return html.escape(f"The image is {caption}."), chosen_html(image, caption), image
+    # To Gradio, a copy is another image, so that an image that is chosen twice is classified twice.
+    return html.escape(f"The image is {caption}."), chosen_html(image, caption), image.copy()
 
 
 def draw_seed(seed: Any, is_drawn: Any) -> Any:
@@ -138,11 +139,7 @@ class Handlers:
         reference: "Reference | None" = None,
         closed: threading.Event | None = None,
     ) -> None:
-        if not hasattr(pipeline.scheduler, "precondition_outputs"):
-            raise ValueError(
-                "The scheduler must be one of EDM, as `AdaptiveEDMScheduler` is, but is of the class "
-                f"{type(pipeline.scheduler).__name__}."
-            )
+        pipeline.check_scheduler()
         if pipeline.guider is not None:
             raise ValueError(
                 f"The model has a guider, {type(pipeline.guider).__name__}, but the page has settings "
@@ -207,19 +204,20 @@ class Handlers:
         work = partial(sample, self.pipeline, names, number, seed, settings, **kwargs)
         status: Any = "Drawing …"
         finished: Any = []  # while images are drawn
+        shown: Any = seed
         for samples in stream(work, self.closed):
             if not samples.is_finished:
                 step = f"Step {samples.step} of {samples.num_steps}"
                 progress = progress_html(step, samples.step, samples.num_steps)
-                yield status, progress + samples_html(samples), finished, seed
-                # The status is set only once, because a later one would replace "Cancelled".
-                status = finished = gr.skip()
+                yield status, progress + samples_html(samples), finished, shown
+                # Set only once: a later status would replace "Cancelled", and a later seed what is typed.
+                status = finished = shown = gr.skip()
         pictures = samples.pictures
         status = (
             f"{counted(len(pictures), 'image')} in {samples.seconds:.1f} s, with "
             f"{counted(samples.evaluations, 'evaluation')} of the model for each image."
         )
-        yield status, samples_html(samples, self.actions, self.model), pictures, seed
+        yield status, samples_html(samples, self.actions, self.model), pictures, shown
 
     def generate(self, names: Any, number: Any, seed: Any, is_drawn: Any, *values: Any) -> Iterator[tuple]:
         """Draws images of some classes; see [`draw`]."""
@@ -243,9 +241,9 @@ class Handlers:
     def find_neighbors(self, pictures: list[Picture]) -> Iterator[tuple]:
         """Yields the training images that are closest to the pictures, and whether the page shows them."""
         assert self.reference is not None
-        images, found = self.reference.train.load().images, ""
+        train, found = self.reference.train, ""
         if pictures:
-            (found,) = stream(lambda report: neighbors_html(pictures, images), self.closed)
+            (found,) = stream(lambda report: neighbors_html(pictures, train), self.closed)
         yield found, gr.Accordion(visible=bool(found))
 
     def compare(self, request: Sequence[Any], compared: dict[str, SampleSettings]) -> Iterator[tuple]:
@@ -261,22 +259,23 @@ class Handlers:
 
         for title, settings in compared.items():
             for samples in stream(partial(sample, self.pipeline, names, number, seed, settings), self.closed):
-                done = f"step {samples.step}"
+                is_first = samples.step == 1 and not sections
+                done, drawn = f"step {samples.step}", [] if is_first else gr.skip()
                 if samples.is_finished:
                     done = counted(samples.evaluations, "evaluation")
+                    drawn = pictures + samples.pictures
                 grid = samples_html(samples, self.actions, self.model, len(pictures), has_strips=False)
                 section = (
                     f"<section><h3>{html.escape(title)}</h3>"
                     f'<p class="pet-about">{html.escape(str(settings))}; {done}</p>{grid}</section>'
                 )
-                is_first = samples.step == 1 and not sections
-                status, drawn = ("Drawing …", []) if is_first else (gr.skip(), gr.skip())
-                yield status, columns(*sections, section), drawn, seed
+                shown = ("Drawing …", seed) if is_first else (gr.skip(), gr.skip())
+                yield shown[0], columns(*sections, section), drawn, shown[1]
             sections.append(section)
             pictures += samples.pictures
             seconds += samples.seconds
         status = f"All use the same seeds, from {seed} on. They took {seconds:.1f} s."
-        yield status, columns(*sections), pictures, seed
+        yield status, columns(*sections), pictures, gr.skip()
 
     def compare_two(self, *values: Any) -> Iterator[tuple]:
         """Compares the settings A and B."""

@@ -5,7 +5,7 @@ import html
 import io
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -15,6 +15,10 @@ from ..pipeline_pet_diffusion import PetDiffusionPipeline
 from ..sampling import model_digests, save_image
 from ..visualization import array_image, error_figure, evidence_map
 from .tasks import Picture, Samples
+
+
+if TYPE_CHECKING:
+    from ..training.data import ImageSet
 
 
 NUM_NEIGHBORS = 4
@@ -164,30 +168,29 @@ def evidence_html(image: Image.Image, evidence: ClassificationEvidence, names: l
     return f'<div class="pet-figures">{figures_html(pictures)}</div>'
 
 
-def neighbors_html(pictures: list[Picture], training_images: torch.Tensor) -> str:
-    """Returns each picture beside the training images that are closest to it.
-
-    The training images are uint8, of shape `(M, channels, height, width)`.
-    """
+def neighbors_html(pictures: list[Picture], train: "ImageSet") -> str:
+    """Returns each picture beside the training images that are closest to it."""
     from ..evaluation.metrics import nearest_neighbors, pixel_distances
     from ..training.data import image_mode, image_to_tensor, to_model_range
 
-    size, mode = training_images.shape[-1], image_mode(training_images.shape[1])
+    num_channels, size, _ = train.image_shape
+    mode = image_mode(num_channels)
     tensors = [image_to_tensor(picture.image, size, mode) for picture in pictures]
     pixels = to_model_range(torch.stack(tensors))
-    known = to_model_range(training_images)
-    copies = nearest_neighbors(pixels, known).memorization_ratio() * len(pixels)
-    closest = pixel_distances(pixels, known).topk(min(NUM_NEIGHBORS, len(known)), largest=False)
-    parts = [
-        f"<p>Each sample was compared with {len(known):,} training images and their mirror images. Below "
+    copies = nearest_neighbors(pixels, train).memorization_ratio() * len(pixels)
+    parts = [pixel_distances(pixels, to_model_range(images)) for images, _ in train.batches()]
+    closest = torch.cat(parts, 1).topk(min(NUM_NEIGHBORS, len(train)), largest=False)
+    sections = [
+        f"<p>Each sample was compared with {len(train):,} training images and their mirror images. Below "
         "each training image is its root-mean-square distance from the sample, with pixels from -1 to 1. "
         f"{copies:.0f} of the {len(pixels)} samples count as copies: the closest training image is three "
         "times closer than the next different one.</p>"
     ]
     for picture, distances, indices in zip(pictures, closest.values.tolist(), closest.indices):
         figures = {"sample": image_tag(picture.image, str(picture))}
-        for number, (distance, index) in enumerate(zip(distances, indices), 1):
+        images = train.subset(indices).load().images
+        for number, (distance, image) in enumerate(zip(distances, images), 1):
             text = f"training image {number} closest to {picture}"
-            figures[f"{number}: {distance:.2f}"] = image_tag(array_image(training_images[index]), text)
-        parts.append(f'{html.escape(str(picture))}<div class="pet-row">{figures_html(figures)}</div>')
-    return "".join(parts)
+            figures[f"{number}: {distance:.2f}"] = image_tag(array_image(image), text)
+        sections.append(f'{html.escape(str(picture))}<div class="pet-row">{figures_html(figures)}</div>')
+    return "".join(sections)

@@ -108,7 +108,10 @@ def run(args: argparse.Namespace) -> None:
                 shares = ", ".join(f"{name} {share:.1%}" for name, share in probabilities.items())
                 print(f"{file}: {label} ({shares}; {evaluations} evaluations)", flush=True)
     if args.evidence is not None:
-        pictures = [read_image(file) for file in good]
+        pictures = []
+        for file in good:
+            pictures.append(read_image(file))
+            pictures[-1].thumbnail((256, 256))
         evidence_figure(pictures, evidence, pipeline.class_names).save(args.evidence)
     if len(good) < len(files):
         raise ValueError(f"{len(files) - len(good)} of {len(files)} files could not be classified.")

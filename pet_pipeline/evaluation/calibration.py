@@ -1,6 +1,5 @@
 """Calibrates and measures the diffusion classifier, for `pet-pipeline calibrate` and `evaluate`."""
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,10 +11,10 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..pipeline_pet_classification import (
-    BAND_RANGE,
     NUM_BANDS,
     ClassificationEvidence,
     PetClassificationPipeline,
+    noise_bands,
     pool_tokens,
 )
 from ..probe_pet import PetLinearProbe
@@ -95,8 +94,7 @@ def fit_calibration(errors: ClassErrors, labels: torch.Tensor, penalty: float = 
     Raises:
         ValueError: if a band has no noise level, because its weight could not be determined.
     """
-    low, high = BAND_RANGE
-    bands = ((errors.sigmas / low).log() / math.log(high / low) * NUM_BANDS).long().clamp(0, NUM_BANDS - 1)
+    bands = noise_bands(errors.sigmas)
     if len(bands.unique()) < NUM_BANDS:
         raise ValueError(
             f"A calibration needs noise levels in all {NUM_BANDS} bands, but they lie in only "

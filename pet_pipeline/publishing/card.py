@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .. import __version__
 from ..training.data import UNLABELLED
+from ..transformer_pet import PetTransformer2DModel
 from .card_evaluation import TASK, add_evaluation, eval_result, read_evaluation
 from .client import hub_id
 from .papers import papers_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # The options of `train_pet.py` that a card may show. None of them is a path or a secret.
 CARD_OPTIONS = (
+    "train_split",
     "objective",
     "random_flip",
     "augmentation_probability",
@@ -92,23 +94,30 @@ def render_model_card(folder: str | Path, pipeline: "PetDiffusionPipeline", repo
     template is one of Jinja.
     """
     folder = Path(folder)
-    config = pipeline.transformer.config
+    config, kind = pipeline.transformer.config, type(pipeline.transformer)
+    is_transformer = issubclass(kind, PetTransformer2DModel)
     names, title = pipeline.class_names, card_title(pipeline)
-    dataset_id, base_model = hub_id(report.dataset_name), hub_id(report.base_model)
+    dataset_id = hub_id(report.dataset_name)
+    base_model = None if report.base_model == "fast" else hub_id(report.base_model)  # a bundled model
     is_unconditional = len(names) == 1
     is_tuned = report.options["objective"] == "consistency"
     results = []
     if report.validation_loss is not None:
         metric = "teacher_distance" if is_tuned else "validation_loss"
-        loss = report.validation_loss
-        results = [eval_result(dataset_id, "train", metric, metric.replace("_", " "), loss)]
+        loss, split = report.validation_loss, report.options["train_split"]
+        results = [eval_result(dataset_id, split, metric, metric.replace("_", " "), loss)]
     card_data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=TASK,
         license="apache-2.0",
         datasets=[dataset_id] if dataset_id else None,
         base_model=base_model,
-        tags=["diffusers", *([] if is_unconditional else ["class-conditional"]), "edm", "linear-attention"],
+        tags=[
+            "diffusers",
+            *([] if is_unconditional else ["class-conditional"]),
+            "edm",
+            *(["linear-attention"] if is_transformer else []),
+        ],
         model_name=title if results else None,
         eval_results=results or None,
     )
@@ -120,6 +129,7 @@ def render_model_card(folder: str | Path, pipeline: "PetDiffusionPipeline", repo
         class_names=names,
         resolution=config.sample_size,
         config=config,
+        class_name=None if is_transformer else kind.__name__,
         num_parameters=pipeline.transformer.num_parameters(),
         has_samples=(folder / "samples.png").is_file(),
         dataset_id=dataset_id,

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..transformer_pet import PetTransformer2DModel
+
 
 if TYPE_CHECKING:
     from ..pipeline_pet_diffusion import PetDiffusionPipeline
@@ -89,12 +91,13 @@ CLASSIFIER = Paper(
 def papers_of(pipeline: "PetDiffusionPipeline", options: dict[str, Any]) -> list[Paper]:
     """Returns the papers whose methods a pipeline uses; `options` are those of its training."""
     defaults, has_classes = pipeline.config, len(pipeline.class_names) > 1
+    is_transformer = isinstance(pipeline.transformer, PetTransformer2DModel)  # and no model of one's own
     uses = {
         EDM: True,
-        LINEAR_ATTENTION: True,
-        DIT: True,
-        TRANSNEXT: True,
-        HOURGLASS: pipeline.transformer.config.outer_layers > 0,
+        LINEAR_ATTENTION: is_transformer,
+        DIT: is_transformer,
+        TRANSNEXT: is_transformer,
+        HOURGLASS: is_transformer and pipeline.transformer.config.outer_layers > 0,
         EDM2: options["learned_weighting"],
         CONSISTENCY: pipeline.is_tuned,
         LORA: options["lora_rank"] is not None,

@@ -139,6 +139,8 @@ def published_card(folder: Path, repo_id: str) -> str:
 def name_repository(text: str, repo_id: str) -> str:
     """Lets the snippets of a card or a notebook, in which quotes are escaped, load a repository of the Hub.
 
-    A snippet loads its own folder by a name without a slash. The ids of other repositories have a slash.
+    A snippet loads its own folder by a name without a slash. The ids of other repositories have a slash. JSON
+    writes some characters as `\\u` and four digits, and a notebook that text once more.
     """
-    return re.sub(r"(from_pretrained\((\\?\"))[^\"/\\]+\2", rf"\g<1>{repo_id}\g<2>", text)
+    name = r"(?:[^\"/\\]|\\+u[0-9a-f]{4})+"
+    return re.sub(r"(from_pretrained\((\\?\"))" + name + r"\2", rf"\g<1>{repo_id}\g<2>", text)

@@ -239,15 +239,6 @@ def load_if_small(
     return [part.load() for part in parts] if fits else parts
 
 
-def load_image_dataset(*args: Any, **kwargs: Any) -> ImageDataset:
-    """Loads the images of a data set into memory; the arguments are those of [`open_image_dataset`].
-
-    Raises:
-        ValueError: see [`open_image_dataset`] and [`StoredImages.load`].
-    """
-    return open_image_dataset(*args, **kwargs).load()
-
-
 def load_dataset(
     dataset_name: str, config_name: str | None, split: str, cache_dir: str | None, **kwargs: Any
 ) -> Any:

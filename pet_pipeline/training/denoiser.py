@@ -45,7 +45,9 @@ def create_denoiser(
                     "The classes and the resolution of a student must be those of its teacher: leave out "
                     "--resolution, and give the classes of the saved pipeline in their order."
                 )
-            transformer, draw["solver"] = copy.deepcopy(transformer), "consistency"
+            transformer = copy.deepcopy(transformer)
+            # A teacher may be saved with churn or without a last step to σ = 0, which this solver refuses.
+            draw |= {"solver": "consistency", "s_churn": 0.0, "final_sigmas_type": "zero"}
         elif pretrained.is_tuned:
             draw["solver"] = "multistep"
         if args.lora_rank is not None:

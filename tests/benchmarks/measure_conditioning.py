@@ -11,7 +11,7 @@ import torch
 
 from pet_pipeline import PetDiffusionPipeline
 from pet_pipeline.evaluation.metrics import validation_loss
-from pet_pipeline.training.data import ImageDataset, load_image_dataset, stratified_split, to_model_range
+from pet_pipeline.training.data import ImageDataset, open_image_dataset, stratified_split, to_model_range
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     pipeline = PetDiffusionPipeline.from_pretrained(args.model)
     names = pipeline.class_names
     resolution = pipeline.transformer.config.sample_size
-    dataset = load_image_dataset(args.dataset_name, names, resolution, cache_dir=args.cache_dir)
+    dataset = open_image_dataset(args.dataset_name, names, resolution, cache_dir=args.cache_dir).load()
     held_out = stratified_split(dataset, 0.1, seed=0)[1]
     held_out = held_out.subset(torch.arange(min(args.validation_images, len(held_out))))
     response = label_response(pipeline, held_out, sigma=4.0)

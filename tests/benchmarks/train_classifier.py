@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from pet_pipeline.evaluation.classifier import PetClassifier
 from pet_pipeline.training.data import (
     ImageDataset,
-    load_image_dataset,
+    open_image_dataset,
     random_horizontal_flip,
     stratified_split,
     to_model_range,
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--output_dir", default="classifier")
     args = parser.parse_args()
 
-    dataset = load_image_dataset(args.dataset_name, args.classes, cache_dir=args.cache_dir)
+    dataset = open_image_dataset(args.dataset_name, args.classes, cache_dir=args.cache_dir).load()
     train_set, validation_set = stratified_split(dataset, 0.1, seed=0)
     torch.manual_seed(args.seed)
     classifier = PetClassifier(args.classes).to(args.device, memory_format=torch.channels_last)
@@ -93,7 +93,9 @@ def main() -> None:
     classifier = PetClassifier.from_pretrained(args.output_dir, dtype=torch.float32)
     print(f"{minutes:.1f} minutes, validation accuracy {accuracy(classifier, validation_set):.4f}")
     if args.test:
-        test_set = load_image_dataset(args.dataset_name, args.classes, split="test", cache_dir=args.cache_dir)
+        test_set = open_image_dataset(
+            args.dataset_name, args.classes, split="test", cache_dir=args.cache_dir
+        ).load()
         print(f"test accuracy {accuracy(classifier, test_set):.4f}")
 
 

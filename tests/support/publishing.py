@@ -46,8 +46,10 @@ def edit(path: Path, **values) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def rendered(folder: Path, pipeline: PetDiffusionPipeline, dataset_name: str, **report) -> str:
-    options = vars(train_pet.parse_args(["--max_train_steps", "1"]))
+def rendered(
+    folder: Path, pipeline: PetDiffusionPipeline, dataset_name: str, options: dict | None = None, **report
+) -> str:
+    options = vars(train_pet.parse_args(["--max_train_steps", "1"])) | (options or {})
     values = {"num_train_images": 9000, "num_held_out_images": 1000, "num_validation_images": 512}
     values |= {"num_steps": 3616, "num_images_seen": 231424, "seconds": 4200.0}
     values |= {"device": "1 × cpu (2 threads)", "precision": "bf16"}

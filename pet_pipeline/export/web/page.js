@@ -141,6 +141,7 @@ element("request").onsubmit = (event) => {
 // Classifies what `source`, an image or a canvas, shows, cropped to a square and brought to the size of the model.
 function classify(source) {
   const [channels, height, width] = plan.shape;
+  element("result").hidden = true; // of the image before
   const canvas = Object.assign(element("classified"), { width, height });
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
