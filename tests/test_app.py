@@ -434,13 +434,6 @@ def test_pictures_of_a_comparison_are_known_as_soon_as_they_are_drawn(pipeline):
     assert all(not isinstance(seed, int) for _, seed in shown[1:])  # what is typed meanwhile stays
 
 
-def test_another_image_ends_the_editing_of_the_last(pipeline):
-    functions = build_app(pipeline).fns
-    (editing,) = [number for number, each in functions.items() if each.name == "edit"]
-    ending = [each for each in functions.values() if editing in each.cancels]
-    assert len(ending) == 6  # cancel, upload, example, and the buttons of the pictures of three tabs
-
-
 def test_an_image_that_is_chosen_again_is_another_to_the_page():
     image = Image.new("RGB", (8, 8))
     assert handlers.chosen_outputs(image, "x")[2] is not image

@@ -282,6 +282,12 @@ def test_the_image_that_was_chosen_last_is_classified(server, open_page):
     page.get_by_role("button", name="Example 4,").click()
     chosen = page.get_by_role("img", name=re.compile("^Example 4,")).get_attribute("src")
     page.wait_for_function("src => document.querySelector('.pet-pixels')?.src == src", arg=chosen)
+    page.get_by_text(re.compile("evaluations of the model in")).wait_for()
+    before = server.evaluations
+    page.get_by_role("button", name="Example 4,").click()  # which is classified again
+    page.get_by_text("of 64 evaluations").wait_for()
+    page.get_by_text(re.compile("evaluations of the model in")).wait_for()
+    assert server.evaluations > before
 
 
 def test_a_classification_is_cancelled_and_ends_with_its_page(server, open_page):

@@ -2,7 +2,7 @@
 
 import html
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -179,15 +179,12 @@ def add_choice(handlers: Handlers, label: str) -> tuple[gr.File, gr.HTML]:
     return upload, gr.HTML(examples_html(handlers.examples), js_on_load=CHOOSE)
 
 
-def take_choice(
-    handlers: Handlers, choice: tuple[gr.File, gr.HTML], chosen: Chosen, cancels: Sequence[Any] = ()
-) -> None:
-    """Lets both ways of [`add_choice`] choose the image of a tab, which cancels the jobs of some events."""
+def take_choice(handlers: Handlers, choice: tuple[gr.File, gr.HTML], chosen: Chosen) -> None:
+    """Lets both ways of [`add_choice`] choose the image of a tab."""
     upload, examples = choice
-    kwargs = {"cancels": list(cancels), **LIGHT_EVENT}
-    event = on(upload.upload, handlers.take_upload, [upload], [*chosen], **kwargs)
+    event = on(upload.upload, handlers.take_upload, [upload], [*chosen], **LIGHT_EVENT)
     event.then(None, None, upload, js="() => null")
-    on(examples.select, handlers.take_example, [], [*chosen], **kwargs)
+    on(examples.select, handlers.take_example, [], [*chosen], **LIGHT_EVENT)
 
 
 def add_generate_tab(handlers: Handlers) -> Results:
@@ -227,9 +224,8 @@ def add_generate_tab(handlers: Handlers) -> Results:
     return results
 
 
-def add_edit_tab(handlers: Handlers) -> tuple[Results, Chosen, gr.Radio, Any]:
-    """Adds the tab that edits an image; also returns the input for the class that it becomes, and the event
-    of editing, which ends when another image is chosen."""
+def add_edit_tab(handlers: Handlers) -> tuple[Results, Chosen, gr.Radio]:
+    """Adds the tab that edits an image; also returns the input for the class that it becomes."""
     with gr.Tab("Edit", id="edit"), gr.Row():
         with gr.Column(min_width=300):
             choice = add_choice(handlers, "Image to edit")
@@ -243,6 +239,7 @@ def add_edit_tab(handlers: Handlers) -> tuple[Results, Chosen, gr.Radio, Any]:
         with gr.Column(scale=3, min_width=300):
             results = add_results("Choose an image and what it becomes, and click Edit.")
             chosen = Chosen(results.status, results.grid, gr.State())
+    take_choice(handlers, choice, chosen)
     event = on(
         start.click,
         handlers.edit,
@@ -252,8 +249,7 @@ def add_edit_tab(handlers: Handlers) -> tuple[Results, Chosen, gr.Radio, Any]:
         **MODEL_EVENT,
     )
     cancel_on_click(cancel, results.status, [event])
-    take_choice(handlers, choice, chosen, [event])
-    return results, chosen, name, event
+    return results, chosen, name
 
 
 def add_compare_tab(handlers: Handlers) -> Results:
@@ -355,14 +351,13 @@ def build_app(
         gr.HTML(head, js_on_load=TELL_EXPANDED + DROP_ON_TAB)
         with gr.Tabs() as tabs:
             generated = add_generate_tab(handlers)
-            edited, to_edit, name, editing = add_edit_tab(handlers)
+            edited, to_edit, name = add_edit_tab(handlers)
             compared = add_compare_tab(handlers)
             to_classify = add_classify_tab(handlers)
         for results in (generated, edited, compared):
             inputs = [results.pictures]
             outputs = [*to_edit, name, tabs]
-            kwargs = {"cancels": [editing], **LIGHT_EVENT}
-            events = [on(results.grid.edit, handlers.pass_to_edit, inputs, outputs, **kwargs)]
+            events = [on(results.grid.edit, handlers.pass_to_edit, inputs, outputs, **LIGHT_EVENT)]
             if to_classify is not None:
                 outputs = [*to_classify, tabs]
                 events += [
