@@ -221,16 +221,16 @@ def compute_losses(
     images = to_model_range(images)
     if args.random_flip:
         images = random_horizontal_flip(images)
-    augment_labels = None
-    if training.transformer.config.get("augment_dim"):
-        images, augment_labels = random_affine(images, args.augmentation_probability)
+    augment_labels, augment_dim = None, training.transformer.config.get("augment_dim")
     if training.teacher is not None:
         with training.accelerator.autocast():
             noisy_images, labels, sigmas, images = training.teacher.trajectories(images, labels)
-        if augment_labels is not None:  # the teacher draws images without any change
-            augment_labels = augment_labels.new_zeros(len(labels), augment_labels.shape[1])
+        if augment_dim:  # the teacher draws images without any change
+            augment_labels = noisy_images.new_zeros(len(labels), augment_dim)
         timesteps, weights = scheduler.precondition_noise(sigmas), torch.ones_like(sigmas)
     else:
+        if augment_dim:
+            images, augment_labels = random_affine(images, args.augmentation_probability)
         is_dropped = torch.rand(len(labels), device=labels.device) < args.label_dropout
         labels = torch.where(is_dropped, training.transformer.config.num_classes, labels)
         sigmas, weights = scheduler.sample_training_sigmas(len(images), device=images.device).to_tuple()
