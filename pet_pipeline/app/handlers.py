@@ -269,8 +269,8 @@ class Handlers:
                     f"<section><h3>{html.escape(title)}</h3>"
                     f'<p class="pet-about">{html.escape(str(settings))}; {done}</p>{grid}</section>'
                 )
-                shown = ("Drawing …", seed) if is_first else (gr.skip(), gr.skip())
-                yield shown[0], columns(*sections, section), drawn, shown[1]
+                status, shown = ("Drawing …", seed) if is_first else (gr.skip(), gr.skip())
+                yield status, columns(*sections, section), drawn, shown
             sections.append(section)
             pictures += samples.pictures
             seconds += samples.seconds
