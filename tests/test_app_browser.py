@@ -411,11 +411,11 @@ def test_a_picture_that_is_dropped_on_a_tab_is_handed_over(open_page):
     page.get_by_role("button", name="Generate").click()
     page.get_by_role("button", name=re.compile("^Edit dog")).nth(1).wait_for()
     picture = page.get_by_role("img", name=re.compile("^dog")).nth(1)
-    source = picture.get_attribute("src")
+    source, name = picture.get_attribute("src"), picture.get_attribute("alt")
     picture.drag_to(page.get_by_role("tab", name="Compare"))  # which takes no picture
     assert page.get_by_role("tab", name="Generate").get_attribute("aria-selected") == "true"
     picture.drag_to(page.get_by_role("tab", name="Edit"))
-    page.get_by_text(f"The image is {picture.get_attribute('alt')}.").wait_for()
+    page.get_by_text(f"The image is {name}.").wait_for()  # the picture is hidden by now
     assert page.get_by_role("img", name="The chosen image").get_attribute("src") == source
     assert page.get_by_role("tab", name="Edit").get_attribute("aria-selected") == "true"
 
