@@ -168,7 +168,7 @@ def train(words: list[str]) -> None:
     if "--pretrained_model_name_or_path" not in words:
         words += ["--model_config", json.dumps(config)]
     words += ["--max_train_steps", "2" if "--resume_from_checkpoint" in words else "1"]
-    words += ["--train_batch_size", "8", "--resolution", "8", "--preview_images", "1", "--cache_dir", "cache"]
+    words += ["--train_batch_size", "8", "--resolution", "8", "--preview_images", "0", "--cache_dir", "cache"]
     words += ["--mixed_precision", "no"]  # a process can set the precision only once
     AcceleratorState._reset_state(reset_partial_state=True)
     train_pet.main(train_pet.parse_args(words), train_pet.TrainingState())

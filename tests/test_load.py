@@ -161,6 +161,7 @@ def train_2000_steps(folder: Path) -> list[float]:
         train_batch_size=16,
         max_train_steps=2000,
         validation_steps=100,
+        preview_images=2,
         preview_steps=200,
         checkpointing_steps=100,
     )

@@ -140,6 +140,8 @@ def test_other_classes_losses_and_optimizers(image_folder, tmp_path):
     assert list(pipe.id2label.values()) == ["bird", "cat", "dog"]
     assert metrics(tmp_path / "out")[-1]["step"] == 3 * 12 // 8  # 13 of each class, of which 1 is held out
     assert len(list_checkpoints(tmp_path / "out")) == 1
+    # Of `--preview_images 0`, the picture of the card is all that is left.
+    assert not list((tmp_path / "out" / "samples").iterdir()) and (tmp_path / "out" / "samples.png").exists()
 
 
 def test_grey_images_without_labels(image_folder, tmp_path, monkeypatch):
@@ -210,7 +212,7 @@ def test_fine_tuning_a_model_without_class_names(finished_run):
 
 def test_fine_tuning_at_another_size(finished_run, image_folder, tmp_path):
     options = {"pretrained_model_name_or_path": finished_run, "max_train_steps": 1, "learning_rate": 0}
-    options |= {"model_config": None, "muon_learning_rate": 0, "preview_images": 1}
+    options |= {"model_config": None, "muon_learning_rate": 0}
     train(image_folder, tmp_path / "larger", resolution=16, **options)
     before = PetDiffusionPipeline.from_pretrained(finished_run)
     after = PetDiffusionPipeline.from_pretrained(tmp_path / "larger")

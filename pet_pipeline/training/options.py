@@ -339,7 +339,12 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--preview_steps", type=positive_integer, default=1000, help="optimizer steps between sample pictures"
     )
-    add("--preview_images", type=positive_integer, default=8, help="images per class in sample pictures")
+    add(
+        "--preview_images",
+        type=whole_number(0),
+        default=8,
+        help="images per class in sample pictures; 0 draws no pictures but that of the model card",
+    )
     add(
         "--checkpointing_steps",
         type=positive_integer,

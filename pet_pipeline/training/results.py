@@ -117,8 +117,8 @@ class TrainingResults:
         self.accelerator.print(f"step {self.state.step:,}, KID of {NUM_EVALUATED} samples {kid:.4f}")
 
     def preview(self) -> None:
-        """Draws samples and a denoising strip from the averaged weights."""
-        if not self.accelerator.is_main_process:
+        """Draws samples and a denoising strip from the averaged weights, if pictures are wanted."""
+        if not self.accelerator.is_main_process or self.args.preview_images == 0:
             return
         pipeline, step = self.update_pipeline(), self.state.step
         with self.accelerator.autocast():
@@ -165,15 +165,16 @@ class TrainingResults:
             self.evaluate(self.extractor)
         if not self.accelerator.is_main_process:
             return
-        pipeline = self.update_pipeline()
-        with self.accelerator.autocast():
-            comparison = step_comparison(pipeline, seed=self.args.seed)
-        self.log.write_picture("step_comparison", comparison, "step-comparison.png")
-        self.log.write_picture("curves", loss_curves(self.log.metrics_path), "curves.png")
+        message = f"Saved the pipeline in {self.output_dir}"
+        if self.args.preview_images > 0:
+            pipeline = self.update_pipeline()
+            with self.accelerator.autocast():
+                comparison = step_comparison(pipeline, seed=self.args.seed)
+            self.log.write_picture("step_comparison", comparison, "step-comparison.png")
+            self.log.write_picture("curves", loss_curves(self.log.metrics_path), "curves.png")
+            message += f"; its pictures are in {self.log.samples_dir}"
         self.save()
-        self.accelerator.print(
-            f"Saved the pipeline in {self.output_dir}; its pictures are in {self.log.samples_dir}."
-        )
+        self.accelerator.print(message + ".")
 
 
 def load_features(device: torch.device) -> FeatureExtractor:

@@ -82,7 +82,7 @@ def train_and_measure(name: str, seed: int, core: int | None, args: argparse.Nam
         length = ["--max_train_steps", str(args.max_train_images // int(batch))]
     never = str(10**9)
     words = ["--dataset_name", args.dataset_name, "--seed", str(seed), "--output_dir", str(folder), *length]
-    words += ["--validation_steps", never, "--preview_steps", never, "--checkpointing_steps", never]
+    words += ["--validation_steps", never, "--preview_images", "0", "--checkpointing_steps", never]
     if args.cache_dir:
         words += ["--cache_dir", args.cache_dir]
     if folder.exists() and list_checkpoints(folder):  # of a run that was interrupted, or not measured

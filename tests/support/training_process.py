@@ -50,8 +50,7 @@ def arguments(image_folder: Path, output_dir: Path, **options: Any) -> list[str]
         "train_batch_size": 8,
         "max_train_steps": 6,
         "logging_steps": 1,
-        "preview_images": 2,
-        "preview_steps": 100,
+        "preview_images": 0,
         "validation_steps": 3,
         "checkpointing_steps": 3,
         "mixed_precision": "no",
@@ -369,7 +368,8 @@ def denoiser_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def finish_run(image_folder: Path, output_dir: Path) -> Path:
     """Trains to the end, launched as by a user, and returns the output folder."""
-    options = {"report_to": "tensorboard", "preview_steps": 4, "validation_images": 3, "lr_warmup_steps": 0}
+    options = {"report_to": "tensorboard", "validation_images": 3, "lr_warmup_steps": 0}
+    options |= {"preview_images": 2, "preview_steps": 4}
     options["model_config"] = json.dumps({**TINY, "dropout": 0.5})
     result = launch(arguments(image_folder, output_dir, **options))
     assert result.returncode == 0, result.stderr
