@@ -7,11 +7,13 @@ import socket
 import tempfile
 import threading
 import time
+import uuid
 from itertools import product
 from pathlib import Path
 
 import httpx
 import pytest
+from conftest import random_model
 from PIL import Image
 from support.page import HEAVY, SETTINGS, image_bytes, join_queue, listen, upload
 
@@ -19,8 +21,18 @@ from support.page import HEAVY, SETTINGS, image_bytes, join_queue, listen, uploa
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
 
 gradio = pytest.importorskip("gradio", reason="Gradio is not installed")
+from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline  # noqa: E402
 from pet_pipeline.app import gate, handlers  # noqa: E402
 from pet_pipeline.app.server import SPACE_PROXIES, serve  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def url():
+    """The address of a page that tests share which change nothing of it."""
+    pipeline = PetDiffusionPipeline(random_model(), AdaptiveEDMScheduler(), id2label={0: "cat", 1: "dog"})
+    pipeline.set_progress_bar_config(disable=True)
+    with serve(pipeline) as address:
+        yield address
 
 
 def test_only_so_many_wait(pipeline, monkeypatch):
@@ -79,46 +91,43 @@ def test_jobs_to_which_nobody_listens_are_dropped(pipeline, monkeypatch):
         assert '"success":true' in listen(url, "heard")
 
 
-def test_no_file_is_served(pipeline):
-    with serve(pipeline) as url:
-        path = upload(url, b"content").json()[0]
-        assert httpx.get(f"{url}gradio_api/file={path}").status_code == 404
+def test_no_file_is_served(url):
+    path = upload(url, b"content").json()[0]
+    assert httpx.get(f"{url}gradio_api/file={path}").status_code == 404
 
 
-def test_visitors_may_upload_the_same_file(pipeline):
+def test_visitors_may_upload_the_same_file(url):
     content = image_bytes(Image.new("RGB", (8, 8)), "PNG")
-    with serve(pipeline) as url:
-        paths = [upload(url, content).json()[0] for _ in range(2)]
-        for path, job in zip(paths, ("take_upload", "take_upload_1")):  # to edit, and to classify
-            file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-            join_queue(url, job, [file], "session")
-            assert "The image is cat.png" in listen(url, "session")
-            assert not Path(path).exists()
+    paths = [upload(url, content).json()[0] for _ in range(2)]
+    for path, job in zip(paths, ("take_upload", "take_upload_1")):  # to edit, and to classify
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        join_queue(url, job, [file], "session")
+        assert "The image is cat.png" in listen(url, "session")
+        assert not Path(path).exists()
 
 
-def test_a_file_that_was_not_uploaded_is_refused(pipeline, tmp_path, capfd):
+def test_a_file_that_was_not_uploaded_is_refused(url, tmp_path, capfd):
     (tmp_path / "private.png").write_bytes(b"content")
-    with serve(pipeline) as url:
-        stored = upload(url, b"content").json()[0]
-        paths = (
-            str(tmp_path / "private.png"),
-            "https://example.com/large.png",
-            "data:image/png;base64,AAAA",
-            os.environ["GRADIO_TEMP_DIR"],
-            str(Path(stored).parent),
-            stored + "\0",
-            None,
-        )
-        for path, kind in product(paths, ("gradio.FileData", "gradio.ImageData", None)):
-            file = {"path": path, "url": "https://example.com/", "meta": {"_type": kind}, "is_stream": True}
-            for job, data in (
-                ("take_upload", [file]),
-                ("take_upload_1", [file]),
-                ("generate", [[{"x": [file]}], *HEAVY[1:]]),
-                ("edit", [file, "cat", 0.5, *HEAVY[1:]]),
-            ):
-                answer = join_queue(url, job, data, "session")
-                assert answer.status_code == 400 and "Upload it again" in answer.json()["detail"]
+    stored = upload(url, b"content").json()[0]
+    paths = (
+        str(tmp_path / "private.png"),
+        "https://example.com/large.png",
+        "data:image/png;base64,AAAA",
+        os.environ["GRADIO_TEMP_DIR"],
+        str(Path(stored).parent),
+        stored + "\0",
+        None,
+    )
+    for path, kind in product(paths, ("gradio.FileData", "gradio.ImageData", None)):
+        file = {"path": path, "url": "https://example.com/", "meta": {"_type": kind}, "is_stream": True}
+        for job, data in (
+            ("take_upload", [file]),
+            ("take_upload_1", [file]),
+            ("generate", [[{"x": [file]}], *HEAVY[1:]]),
+            ("edit", [file, "cat", 0.5, *HEAVY[1:]]),
+        ):
+            answer = join_queue(url, job, data, "session")
+            assert answer.status_code == 400 and "Upload it again" in answer.json()["detail"]
     assert (tmp_path / "private.png").exists()
     assert "Traceback" not in capfd.readouterr().err
 
@@ -152,16 +161,15 @@ def test_a_job_that_is_cancelled_twice_does_not_count_against_the_visitor(pipeli
 
 
 @pytest.mark.parametrize("session", ["", "\ud800", "a<gradio-sep>b", "a" * 65])
-def test_a_forged_session_is_refused_and_harms_nobody(pipeline, capfd, session):
+def test_a_forged_session_is_refused_and_harms_nobody(url, capfd, session):
     request = {"data": [*HEAVY[:4], 1, *SETTINGS], "fn_index": 0, "event_data": None}
-    with serve(pipeline) as url:
-        content = json.dumps({**request, "session_hash": session})  # httpx would not encode every name
-        headers = {"Content-Type": "application/json"}
-        answer = httpx.post(url + "gradio_api/queue/join", content=content, headers=headers)
-        assert answer.status_code == 400 and "The name of a session" in answer.json()["detail"]
-        for _ in range(6):
-            assert join_queue(url, "generate", request["data"], "session").status_code == 200
-            assert '"success":true' in listen(url, "session")
+    content = json.dumps({**request, "session_hash": session})  # httpx would not encode every name
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(url + "gradio_api/queue/join", content=content, headers=headers)
+    assert answer.status_code == 400 and "The name of a session" in answer.json()["detail"]
+    for _ in range(6):
+        assert join_queue(url, "generate", request["data"], "session").status_code == 200
+        assert '"success":true' in listen(url, "session")
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -214,10 +222,9 @@ def test_the_model_serves_one_request_at_a_time(pipeline):
 
 
 @pytest.mark.parametrize("steps", [None, 1000])
-def test_an_emptied_field_leaves_nothing_in_the_log(pipeline, capfd, steps):
-    with serve(pipeline) as url:
-        join_queue(url, "draw_guidance", [steps, *SETTINGS], "session")
-        assert "Steps must be from 1 to 100" in listen(url, "session")
+def test_an_emptied_field_leaves_nothing_in_the_log(url, capfd, steps):
+    join_queue(url, "draw_guidance", [steps, *SETTINGS], "session")
+    assert "Steps must be from 1 to 100" in listen(url, "session")
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -244,18 +251,18 @@ def test_the_plot_of_the_guidance_waits_in_the_queue_and_is_drawn_once(pipeline,
 @pytest.mark.parametrize(
     "event", [{"index": -1}, {"index": 8}, {"index": "0"}, {"index": None}, {"index": 0.5}, {}, None, [0]]
 )
-def test_a_forged_choice_is_refused(pipeline, capfd, job, event):
+def test_a_forged_choice_is_refused(url, capfd, job, event):
+    session = uuid.uuid4().hex
     inputs = [] if job == "take_example" else ["forged"]  # the pictures are those of the session
-    with serve(pipeline) as url:
-        request = [["cat"], 8, 0, False, 1, *SETTINGS]
-        join_queue(url, "generate", request, "session")
-        listen(url, "session")
-        join_queue(url, job, inputs, "session", event)
-        answer = listen(url, "session")
-        join_queue(url, job, inputs, "session", {"index": 7})
-        assert "data:image" in listen(url, "session")
-        join_queue(url, job, inputs, "other", {"index": 7})
-        other = listen(url, "other")
+    request = [["cat"], 8, 0, False, 1, *SETTINGS]
+    join_queue(url, "generate", request, session)
+    listen(url, session)
+    join_queue(url, job, inputs, session, event)
+    answer = listen(url, session)
+    join_queue(url, job, inputs, session, {"index": 7})
+    assert "data:image" in listen(url, session)
+    join_queue(url, job, inputs, f"{session}-other", {"index": 7})
+    other = listen(url, f"{session}-other")
     assert "not on the page any more" in answer and "data:image" not in answer
     assert ("data:image" in other) == (job == "take_example")
     assert "Traceback" not in capfd.readouterr().err
@@ -341,10 +348,9 @@ def test_half_uploads_are_few_and_end(pipeline, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(("name", "stored"), [("../../x.png", "x.png"), ("..", "image"), ("/", "file")])
-def test_the_name_of_an_upload_stays_in_its_folder(pipeline, name, stored):
-    with serve(pipeline) as url:
-        path = Path(upload(url, b"content", name).json()[0])
-        assert path.name == stored and path.parent.parent == Path(os.environ["GRADIO_TEMP_DIR"])
+def test_the_name_of_an_upload_stays_in_its_folder(url, name, stored):
+    path = Path(upload(url, b"content", name).json()[0])
+    assert path.name == stored and path.parent.parent == Path(os.environ["GRADIO_TEMP_DIR"])
 
 
 @pytest.mark.parametrize(
@@ -358,13 +364,12 @@ def test_the_name_of_an_upload_stays_in_its_folder(pipeline, name, stored):
         "runs",
     ],
 )
-def test_what_the_page_does_not_use_is_closed(pipeline, route):
-    with serve(pipeline) as url:
-        assert httpx.get(f"{url}gradio_api/{route}").status_code == 404
-        assert httpx.post(f"{url}gradio_api/{route}", json={"data": []}).status_code == 404
+def test_what_the_page_does_not_use_is_closed(url, route):
+    assert httpx.get(f"{url}gradio_api/{route}").status_code == 404
+    assert httpx.post(f"{url}gradio_api/{route}", json={"data": []}).status_code == 404
 
 
-def test_a_job_that_does_not_exist_is_refused(pipeline, capfd):
+def test_a_job_that_does_not_exist_is_refused(url, capfd):
     changes = (
         {"fn_index": 99},
         {"fn_index": -1},
@@ -373,28 +378,25 @@ def test_a_job_that_does_not_exist_is_refused(pipeline, capfd):
         {"data": [*HEAVY, 1]},
     )
     request = {"data": HEAVY, "fn_index": 0, "session_hash": "session", "event_data": None}
-    with serve(pipeline) as url:
-        for change in changes:
-            answer = httpx.post(url + "gradio_api/queue/join", json={**request, **change})
-            assert answer.status_code == 400 and "no such job" in answer.text, change
+    for change in changes:
+        answer = httpx.post(url + "gradio_api/queue/join", json={**request, **change})
+        assert answer.status_code == 400 and "no such job" in answer.text, change
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_forged_values_are_explained_and_leave_nothing_in_the_log(pipeline, capfd):
-    with serve(pipeline) as url:
-        for index, value in product((0, 1, 2, 4, 6, 8), (None, "x", [[]], {}, 10**18, -1)):
-            join_queue(url, "generate", [*HEAVY[:index], value, *HEAVY[index + 1 :]], "session")
-            answer = listen(url, "session")
-            assert "pet-error" in answer and "data:image" not in answer, (index, value)
-            assert re.search("must be from|no choice|no class|at least one class", answer), (index, value)
+def test_forged_values_are_explained_and_leave_nothing_in_the_log(url, capfd):
+    for index, value in product((0, 1, 2, 4, 6, 8), (None, "x", [[]], {}, 10**18, -1)):
+        join_queue(url, "generate", [*HEAVY[:index], value, *HEAVY[index + 1 :]], "session")
+        answer = listen(url, "session")
+        assert "pet-error" in answer and "data:image" not in answer, (index, value)
+        assert re.search("must be from|no choice|no class|at least one class", answer), (index, value)
     assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("route", ["gradio_api/queue/join", "login"])
-def test_a_large_request_is_refused(pipeline, route):
-    with serve(pipeline) as url:
-        content = PART % b"file" + bytes(2**20) + b"\r\n--x--"
-        answer = httpx.post(url + route, content=content, headers=MULTIPART, timeout=20)
+def test_a_large_request_is_refused(url, route):
+    content = PART % b"file" + bytes(2**20) + b"\r\n--x--"
+    answer = httpx.post(url + route, content=content, headers=MULTIPART, timeout=20)
     assert answer.status_code == 413
 
 
