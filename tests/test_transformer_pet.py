@@ -401,9 +401,10 @@ def test_lora_adds_trains_saves_loads_fuses_and_deletes(model, tmp_path):
     torch.testing.assert_close(output_of(model), plain)
 
 
-def test_blocks_compile_without_graph_breaks(model):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_blocks_compile_without_graph_breaks(model, backend):
     expected = output_of(model)
-    model.compile_repeated_blocks(fullgraph=True)
+    model.compile_repeated_blocks(fullgraph=True, backend=backend)
     torch.testing.assert_close(output_of(model), expected, rtol=1e-4, atol=1e-5)
 
 
