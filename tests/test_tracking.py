@@ -60,7 +60,8 @@ def logged(tmp_path, monkeypatch) -> list[tuple[dict[str, Any], int]]:
 
 
 def test_trackio_gets_numbers_and_pictures(logged, image_folder, tmp_path):
-    train(image_folder, tmp_path / "out", max_train_steps=2, preview_images=2, preview_steps=1, report_to="trackio")
+    pictures_wanted = {"preview_images": 2, "preview_steps": 1}
+    train(image_folder, tmp_path / "out", max_train_steps=2, report_to="trackio", **pictures_wanted)
     pictures = {(name, step): value for values, step in logged for name, value in values.items()}
     files = {path.name for path in (tmp_path / "out" / "samples").iterdir()}
     assert files == {
