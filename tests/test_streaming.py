@@ -103,6 +103,13 @@ def test_another_number_of_loading_processes_is_warned_of(shuffled_files, tmp_pa
         train(shuffled_files, tmp_path / "out", **options)
 
 
+def test_loading_processes_that_would_fill_no_batch_are_replaced_by_one(shuffled_files, tmp_path):
+    # Each of the two files has less than a batch of 32.
+    options = {"streaming": True, "validation_images": 4, "train_batch_size": 32, "dataloader_num_workers": 2}
+    train(shuffled_files, tmp_path / "out", max_train_steps=2, **options)
+    assert [record["images"] for record in metrics(tmp_path / "out") if "train/loss" in record] == [32, 64]
+
+
 def test_streams_that_cannot_be_trained_on_are_one_clear_error(image_folder, shuffled_files, tmp_path):
     with pytest.raises(ValueError, match="begins with 6 images of one class, .* in random order"):
         stream_of(image_folder, tmp_path).hold_out(6, 8, 0)

@@ -67,6 +67,9 @@ def create_loader(
             "--train_batch_size."
         )
     num_workers = num_loading_processes(train_set, args.dataloader_num_workers, accelerator.is_main_process)
+    num_batches = accelerator.num_processes + num_workers
+    if args.streaming and not train_set.has_images(args.train_batch_size * num_batches):
+        num_workers = min(num_workers, 1)  # each of several drops the images that do not fill a batch
     return torch.utils.data.DataLoader(
         train_set,
         batch_size=args.train_batch_size,
