@@ -3,12 +3,9 @@
 import copy
 import json
 import math
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -43,8 +40,6 @@ from pet_pipeline.training.checkpointing import (
     save_pipeline,
 )
 
-
-PREDICTABLE = str(Path(__file__).parent / "support" / "training_process.py")
 
 # 12 steps of 2 micro-steps over 6 epochs (36 images, 4 batches each), everything random in use.
 RUN = {
@@ -491,23 +486,11 @@ def test_two_processes_train_the_same_model_as_one_with_twice_the_batch(source, 
     ended = Training(words, predictable=True).end()
     assert ended.exit_code == 0, ended.output
     words = arguments(shuffled_files, tmp_path / "2", train_batch_size=4, **options)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launched = subprocess.run(
-        [*launcher, "--main_process_port", "0", PREDICTABLE, *words],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(train_pet.__file__).parent),
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-        },
-        timeout=240,
-    )
-    assert launched.returncode == 0, launched.stderr
+    both = [training.end() for training in start_processes(words, predictable=True)]
+    assert [each.exit_code for each in both] == [0, 0], both
     one, two = ({path.name for path in (tmp_path / number / "checkpoint-6").iterdir()} for number in "12")
     assert two - one == {"random_states_1.pkl"} and not one - two
-    for output in (ended.output, launched.stdout):
+    for output in (ended.output, both[0].output + both[1].output):
         assert output.count("Saved the pipeline") == 1
         assert output.count("validation loss") == 2  # at steps 3 and 6
         assert output.count("step 3 is skipped: 1 of 16 losses are not finite, at σ from 1 to 1") == 1

@@ -1,7 +1,9 @@
 """The training script at toy size: once launched as by a user, otherwise in this process for speed."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +15,15 @@ from conftest import random_model
 from PIL import Image
 from safetensors.torch import load_file
 from support.features import Pixels
-from support.training_process import assert_equal, checkpoint_content, denoiser_weights, metrics, train
+from support.training_process import (
+    SCRIPT,
+    arguments,
+    assert_equal,
+    checkpoint_content,
+    denoiser_weights,
+    metrics,
+    train,
+)
 
 import pet_pipeline.scheduling_adaptive_edm as train_pet_scheduler
 import train_pet
@@ -37,6 +47,20 @@ from pet_pipeline.training.data import open_image_dataset, stratified_split, to_
 from pet_pipeline.training.denoiser import adapt_model, frequency_variances
 from pet_pipeline.training.hardware import automatic_precision
 from pet_pipeline.training.optimization import learning_rate_factor
+
+
+def test_a_launched_run_says_where_it_saved_the_pipeline(image_folder, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    result = subprocess.run(
+        [*command, str(SCRIPT), *arguments(image_folder, tmp_path / "out", max_train_steps=1)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"Saved the pipeline in {tmp_path / 'out'}.") == 1
+    PetDiffusionPipeline.from_pretrained(tmp_path / "out")
 
 
 def test_a_run_leaves_a_pipeline_that_loads_and_draws(finished_run):

@@ -8,7 +8,6 @@ import resource
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -339,22 +338,6 @@ def make_predictable() -> None:
         BalancedAdaptiveLoss.forward = spoiled_forward({5})
 
 
-if __name__ == "__main__":
-    make_predictable()
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
-def launch(words: list[str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
-    return subprocess.run(
-        [*command, str(SCRIPT), *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
-        timeout=240,
-    )
-
-
 def metrics(output_dir) -> list[dict]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
@@ -367,11 +350,9 @@ def denoiser_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def finish_run(image_folder: Path, output_dir: Path) -> Path:
-    """Trains to the end, launched as by a user, and returns the output folder."""
+    """Trains to the end, with everything that a run can leave, and returns the output folder."""
     options = {"report_to": "tensorboard", "validation_images": 3, "lr_warmup_steps": 0}
     options |= {"preview_images": 2, "preview_steps": 4}
     options["model_config"] = json.dumps({**TINY, "dropout": 0.5})
-    result = launch(arguments(image_folder, output_dir, **options))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Saved the pipeline") == 1
+    train(image_folder, output_dir, **options)
     return output_dir
