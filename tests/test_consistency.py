@@ -195,7 +195,7 @@ def tuning(**options):
 def test_tuning_a_saved_pipeline(finished_run, image_folder, tmp_path, monkeypatch):
     before = load_file(finished_run / "transformer" / "diffusion_pytorch_model.safetensors")
     options = tuning(pretrained_model_name_or_path=finished_run)
-    train(image_folder, tmp_path / "whole", checkpoints_total_limit=5, **options)
+    train(image_folder, tmp_path / "whole", checkpoints_total_limit=5, preview_images=1, **options)
     tuned = PetDiffusionPipeline.from_pretrained(tmp_path / "whole")
     tuned.set_progress_bar_config(disable=True)
     assert tuned.scheduler.config.solver == "consistency" and tuned.config.guidance_scale == 1

@@ -85,12 +85,16 @@ def test_images_that_cannot_be_decoded_are_left_out(image_folder, tmp_path):
         assert len(list(stream)) == 2
 
 
-def test_copies_of_held_out_images_are_left_out(image_folder, tmp_path):
+def test_copies_of_held_out_images_are_left_out(image_folder, tmp_path, monkeypatch):
     images = [(image_folder / "cat" / f"{number:02}.png").read_bytes() for number in (0, 1, 0, 2, 1)]
     stream = stream_of_images(images, tmp_path / "copies")
     stream.hold_out(2, shuffle_buffer_size=8, seed=0)
     assert len(list(stream)) == len(stream.sample) == 1
     assert not stream.has_images(2)
+    monkeypatch.setattr("pet_pipeline.training.streaming.NUM_SAMPLED", 2)
+    longer = stream_of_images(images, tmp_path / "longer")
+    longer.hold_out(2, shuffle_buffer_size=8, seed=0)
+    assert longer.has_images(2)  # as far as is known: it was not read to its end
 
 
 def test_another_number_of_loading_processes_is_warned_of(shuffled_files, tmp_path):

@@ -174,7 +174,8 @@ def test_grey_images_without_labels(image_folder, tmp_path, monkeypatch):
         with Image.open(path) as image:
             image.convert("L").save(tmp_path / "grey" / f"{path.parent.name}-{path.name}")
     out = tmp_path / "out"
-    train(tmp_path / "grey", out, classes=["all"], image_mode="L", max_train_steps=2, validation_steps=9)
+    options = {"image_mode": "L", "max_train_steps": 2, "validation_steps": 9, "preview_images": 1}
+    train(tmp_path / "grey", out, classes=["all"], **options)
     pipe = PetDiffusionPipeline.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
     (image,) = pipe(num_inference_steps=2).images

@@ -1,6 +1,7 @@
 """Images of a data set that is read as a stream, because it does not fit on the disk."""
 
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
 
     def has_images(self, num_images: int) -> bool:
         """Whether the stream has so many images, as far as it was read."""
-        return len(self.sample) >= min(num_images, NUM_SAMPLED)
+        return self.num_known >= num_images
 
     def hold_out(
         self, num_images: int, shuffle_buffer_size: int, seed: int, earlier: dict[str, Any] | None = None
@@ -131,6 +132,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.held_out = frozenset(image_digests(held_out.images))
         is_other = torch.tensor([x not in self.held_out for x in image_digests(self.sample.images)])
         self.sample = self.sample.subset(is_other.nonzero().flatten())
+        is_read = len(examples) < num_images + NUM_SAMPLED  # otherwise there may be any number of others
+        self.num_known = len(self.sample) if is_read else math.inf
         # Newer versions of `datasets` would read several files at a time, and wait five seconds at the end.
         takes_shards = "max_buffer_input_shards" in inspect.signature(self.stream.shuffle).parameters
         options = {"max_buffer_input_shards": 1} if takes_shards else {}
