@@ -276,8 +276,13 @@ def test_the_page_draws_and_classifies_on_its_own(exported, address, tmp_path):
         page.locator("#file").set_input_files(tmp_path / "no.png")
         expect(page.locator("#answer")).to_have_text("no.png is not an image that this browser can read.")
         Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+        page.evaluate(
+            "hidden = [];"
+            "new MutationObserver(() => hidden.push(result.hidden)).observe(result, { attributes: true })"
+        )
         page.locator("#file").set_input_files(tmp_path / "red.png")
         expect(page.locator("#answer")).to_have_text(re.compile("^This is a"), timeout=seconds)
+        assert page.evaluate("hidden") == [True, False]  # no image stands beside the result of another
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert all(url.startswith((address, "blob:" + address)) for url in requests)
         assert problems == []
