@@ -45,11 +45,15 @@ def model() -> PetTransformer2DModel:
     return random_model()
 
 
-@pytest.fixture
-def pipeline(model) -> PetDiffusionPipeline:
+def tiny_pipeline(model: PetTransformer2DModel) -> PetDiffusionPipeline:
     pipe = PetDiffusionPipeline(model, AdaptiveEDMScheduler(), id2label={0: "cat", 1: "dog"})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def pipeline(model) -> PetDiffusionPipeline:
+    return tiny_pipeline(model)
 
 
 @pytest.fixture

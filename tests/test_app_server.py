@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import random_model
+from conftest import random_model, tiny_pipeline
 from PIL import Image
 from support.page import HEAVY, SETTINGS, image_bytes, join_queue, listen, upload
 
@@ -21,7 +21,6 @@ from support.page import HEAVY, SETTINGS, image_bytes, join_queue, listen, uploa
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
 
 gradio = pytest.importorskip("gradio", reason="Gradio is not installed")
-from pet_pipeline import AdaptiveEDMScheduler, PetDiffusionPipeline  # noqa: E402
 from pet_pipeline.app import gate, handlers  # noqa: E402
 from pet_pipeline.app.server import SPACE_PROXIES, serve  # noqa: E402
 
@@ -29,9 +28,7 @@ from pet_pipeline.app.server import SPACE_PROXIES, serve  # noqa: E402
 @pytest.fixture(scope="module")
 def url():
     """The address of a page that tests share which change nothing of it."""
-    pipeline = PetDiffusionPipeline(random_model(), AdaptiveEDMScheduler(), id2label={0: "cat", 1: "dog"})
-    pipeline.set_progress_bar_config(disable=True)
-    with serve(pipeline) as address:
+    with serve(tiny_pipeline(random_model())) as address:
         yield address
 
 
