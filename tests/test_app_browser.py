@@ -415,7 +415,7 @@ def test_a_picture_that_is_dropped_on_a_tab_is_handed_over(open_page):
     picture.drag_to(page.get_by_role("tab", name="Compare"))  # which takes no picture
     assert page.get_by_role("tab", name="Generate").get_attribute("aria-selected") == "true"
     picture.drag_to(page.get_by_role("tab", name="Edit"))
-    page.get_by_text(f"The image is {name}.").wait_for()  # the picture is hidden by now
+    page.get_by_text(f"The image is {name}.").wait_for()  # the picture may be hidden by now
     assert page.get_by_role("img", name="The chosen image").get_attribute("src") == source
     assert page.get_by_role("tab", name="Edit").get_attribute("aria-selected") == "true"
 

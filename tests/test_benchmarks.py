@@ -52,7 +52,7 @@ def test_a_baseline_trains_loads_and_samples(name, image_folder, tmp_path, monke
         "16",
     ]
     words += ["--output_dir", str(tmp_path / "out"), "--max_train_steps", "1", "--train_batch_size", "4"]
-    words += ["--preview_images", "0", "--mixed_precision", "no"]
+    words += ["--preview_images", "1", "--mixed_precision", "no"]
     train_baseline.main(name, words)
 
     kind = train_baseline.BASELINES[name].__name__

@@ -49,7 +49,7 @@ def test_from_training_to_the_page(photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(FEATURE_EXTRACTORS, "efficientnet", Pixels)
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
     out = tmp_path / "out"
-    train_at_64(photographs, out, max_train_steps=2)
+    train_at_64(photographs, out, max_train_steps=2, preview_images=1)
     assert "# Images of cat and dog, 64×64\n" in (out / "README.md").read_text(encoding="utf-8")
     words = ["evaluate", str(out), "--reference", str(photographs), "--num_images", "8", "--steps", "2"]
     assert main([*words, "--cache_dir", str(tmp_path / "cache"), "--out", str(tmp_path / "measured")]) == 0

@@ -49,18 +49,29 @@ from pet_pipeline.training.hardware import automatic_precision
 from pet_pipeline.training.optimization import learning_rate_factor
 
 
-def test_a_launched_run_says_where_it_saved_the_pipeline(image_folder, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+@pytest.mark.parametrize(
+    "options",
+    [["--num_processes", "1"], ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]],
+    ids=["one process", "two processes"],
+)
+def test_a_launched_run_says_where_it_saved_the_pipeline(options, image_folder, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options]
     result = subprocess.run(
         [*command, str(SCRIPT), *arguments(image_folder, tmp_path / "out", max_train_steps=1)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(SCRIPT.parent),
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+        },
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(f"Saved the pipeline in {tmp_path / 'out'}.") == 1
     PetDiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert metrics(tmp_path / "out")[0]["images"] == 8 * int(options[options.index("--num_processes") + 1])
 
 
 def test_a_run_leaves_a_pipeline_that_loads_and_draws(finished_run):

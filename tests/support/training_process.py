@@ -350,7 +350,7 @@ def denoiser_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def finish_run(image_folder: Path, output_dir: Path) -> Path:
-    """Trains to the end, with everything that a run can leave, and returns the output folder."""
+    """Trains to the end, with pictures and a tracker, and returns the output folder."""
     options = {"report_to": "tensorboard", "validation_images": 3, "lr_warmup_steps": 0}
     options |= {"preview_images": 2, "preview_steps": 4}
     options["model_config"] = json.dumps({**TINY, "dropout": 0.5})
