@@ -232,9 +232,18 @@ def test_evaluate_with_a_scheduler_of_diffusers(pipeline, image_folder, tmp_path
         losses.append(record["measures"]["validation_loss"])
     assert losses[0] == losses[1]  # of the denoiser, whatever samples from it
 
+    assert main([*words, "--validation_images", "0"]) == 0
+    assert "validation_loss" not in json.loads((tmp_path / "out" / "evaluation.json").read_text())["measures"]
+
 
 @pytest.mark.parametrize(
-    "words", [["--classification", "--steps", "9"], ["--curve"], ["--classification", "--scheduler", "heun"]]
+    "words",
+    [
+        ["--classification", "--steps", "9"],
+        ["--classification", "--validation_images", "0"],
+        ["--curve"],
+        ["--classification", "--scheduler", "heun"],
+    ],
 )
 def test_evaluate_refuses_options_without_a_use(words, capsys):
     with pytest.raises(SystemExit) as exit_info:

@@ -18,6 +18,7 @@ from .options import (
     positive_integer,
     sample_settings,
     seed,
+    whole_number,
 )
 
 
@@ -40,6 +41,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--num_images", type=positive_integer, default=1000, help="number of images of all classes"
+    )
+    parser.add_argument(
+        "--validation_images",
+        type=whole_number(0),
+        default=512,
+        help="number of held-out images for the validation loss, with 16 evaluations of each; 0 leaves "
+        "it out",
     )
     parser.add_argument(
         "--features",
@@ -79,7 +87,7 @@ def add_parser(commands: Any) -> None:
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exits with a message if an option would have no effect."""
     if args.classification:
-        word, unused = "with", [*SampleSettings.options(), "features", "floors"]
+        word, unused = "with", [*SampleSettings.options(), "validation_images", "features", "floors"]
     else:
         word, unused = "without", ["method", "num_evaluations", "curve"]
     for name in unused:
@@ -114,7 +122,8 @@ def run_images(args: argparse.Namespace) -> None:
         args.num_images,
         args.batch_size,
         args.seed,
-        with_floors=args.floors,
+        args.validation_images,
+        args.floors,
         **settings.call_arguments(pipeline),
     )
     is_local = Path(args.reference).exists()
