@@ -271,3 +271,11 @@ def test_low_rank_updates(finished_run, image_folder, tmp_path):
     train(image_folder, tmp_path / "more", lora_rank=1, **options)
     more = PetDiffusionPipeline.from_pretrained(tmp_path / "more")
     assert not more.is_tuned and more.config.num_inference_steps == 18
+
+    # They change no embedding, which a new class needs.
+    other = PetDiffusionPipeline.from_pretrained(tmp_path / "more", id2label={0: "cat", 1: "bird"})
+    other.save_pretrained(tmp_path / "bird")
+    options["pretrained_model_name_or_path"] = tmp_path / "bird"
+    with pytest.raises(ValueError, match="cannot learn the new class dog"):
+        train(image_folder, tmp_path / "none", lora_rank=1, **options)
+    assert not (tmp_path / "none").exists()

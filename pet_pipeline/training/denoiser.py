@@ -51,6 +51,13 @@ def create_denoiser(
         elif pretrained.is_tuned:
             draw["solver"] = "multistep"
         if args.lora_rank is not None:
+            known = pretrained.id2label.values()
+            new = [name for name in train_set.class_names if name not in known]
+            if known and new:
+                raise ValueError(
+                    "--lora_rank leaves the embeddings of the classes as they are, and so cannot learn the "
+                    f"new {'class' if len(new) == 1 else 'classes'} {', '.join(new)}: leave it out."
+                )
             add_low_rank_updates(transformer, args.lora_rank)
         scheduler = AdaptiveEDMScheduler.from_config(pretrained.scheduler.config, **draw)
         return transformer.train(), scheduler
