@@ -145,7 +145,8 @@ def measure(args: argparse.Namespace) -> None:
     from pet_pipeline.evaluation.metrics import EfficientNetLite0Features
     from pet_pipeline.evaluation.reference import load_reference
 
-    pipeline = PetDiffusionPipeline(load_denoiser(args.measure), AdaptiveEDMScheduler())
+    scheduler = AdaptiveEDMScheduler.from_pretrained(args.measure, subfolder="scheduler")
+    pipeline = PetDiffusionPipeline(load_denoiser(args.measure), scheduler)
     pipeline.set_progress_bar_config(disable=True)
     reference = load_reference(args.dataset_name, ["cat", "dog"], 32, cache_dir=args.cache_dir)
     images = generate_images(pipeline, args.num_images, guidance_scale=1.0).images

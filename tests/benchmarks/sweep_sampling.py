@@ -32,8 +32,12 @@ SWEEPS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         (NONE, {}),
         *(
             ({"guidance_scale": scale, "guidance_schedule": schedule}, {})
-            for schedule in ("adaptive", "interval", "constant")
-            for scale in (1.5, 2.5, 4.0)
+            for schedule, scales in (
+                ("adaptive", (1.5, 2.0, 2.5, 3.0, 4.0)),
+                ("interval", (1.5, 2.5, 4.0)),
+                ("constant", (1.5, 2.5, 4.0)),
+            )
+            for scale in scales
         ),
         ({"guidance_scale": 1.5, "guidance_schedule": "original", "num_inference_steps": 18}, {}),
     ],
