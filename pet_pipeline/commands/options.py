@@ -70,7 +70,7 @@ def add_classification_options(parser: argparse.ArgumentParser) -> None:
         "--num_evaluations",
         type=positive_integer,
         default=32,
-        help="highest number of evaluations of the denoiser for each class",
+        help="highest number of evaluations of the denoiser for each class, an even number",
     )
 
 

@@ -173,7 +173,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=512,
         help="number of held-out images that the validation loss is measured on",
     )
-    add("--max_train_samples", type=positive_integer, help="largest number of images that are used")
+    add(
+        "--max_train_samples",
+        type=positive_integer,
+        help="largest number of images that are used, held-out ones too",
+    )
     add("--cache_dir", help="folder of the cache of `datasets`")
     add(
         "--max_memory_gb",
@@ -244,7 +248,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--noise_schedule",
         choices=["adaptive", "fixed"],
         default="adaptive",
-        help="draw of noise levels; with the learned weighting, `adaptive` stays close to `fixed`",
+        help="how noise levels are drawn: `adaptive` draws those with a large loss more often; with the "
+        "learned weighting, it stays close to `fixed`",
     )
     add(
         "--p_mean",
@@ -257,9 +262,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--prediction_type",
         choices=["epsilon", "v_prediction"],
         default="epsilon",
-        help="sign of c_out, with the names of diffusers' EDM schedulers: + for epsilon, - for v_prediction",
+        help="sign of the network's output in the preconditioning (c_out of EDM), with the names of the EDM "
+        "schedulers of diffusers: + for epsilon, - for v_prediction",
     )
-    add("--loss", choices=list(LOSS_PRESETS), default="balanced", help="preset of the loss")
+    add(
+        "--loss",
+        choices=list(LOSS_PRESETS),
+        default="balanced",
+        help="`mse` is the squared error; `balanced` adds L1, cosine, high-frequency and edge terms to it",
+    )
     add("--learned_weighting", action=flag, default=True, help="learn the weight of each noise level")
     add("--label_dropout", type=share, default=0.1, help="share of labels replaced by the null class")
 
