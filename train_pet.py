@@ -315,6 +315,7 @@ def train(args: argparse.Namespace, training: Training, state: TrainingState) ->
                 # Steps that were skipped since the last checkpoint need no new one: a training that resumes
                 # from it skips them again.
                 is_saved = checkpoint == checkpoint_path(args.output_dir, state.step)
+                state.has_ended = done >= 1
                 if is_due or (is_interrupted and not is_saved):
                     checkpoint = save_checkpoint(
                         accelerator,

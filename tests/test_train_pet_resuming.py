@@ -134,6 +134,20 @@ def test_options_of_the_command_count_after_resuming(finished_run, image_folder,
         torch.testing.assert_close(averaged[name], last[name])
 
 
+def test_a_longer_run_keeps_what_was_measured_at_the_end_before(image_folder, tmp_path):
+    options = {"validation_steps": 4, "checkpointing_steps": 10, "learning_rate": 0, "muon_learning_rate": 0}
+    train(image_folder, tmp_path / "out", max_train_steps=2, **options)
+    (before,) = [record for record in metrics(tmp_path / "out") if "validation/loss" in record]
+    best = load_file(tmp_path / "out" / "best" / "transformer" / "diffusion_pytorch_model.safetensors")
+    options |= {"learning_rate": 10, "muon_learning_rate": 10}  # which makes the loss worse
+    train(image_folder, tmp_path / "out", max_train_steps=5, resume_from_checkpoint="latest", **options)
+    measured = [record for record in metrics(tmp_path / "out") if "validation/loss" in record]
+    assert [record["step"] for record in measured] == [2, 4, 5]
+    assert measured[0]["validation/loss"] == before["validation/loss"] < measured[1]["validation/loss"]
+    kept = load_file(tmp_path / "out" / "best" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert_equal(kept, best)
+
+
 def test_a_finished_run_is_not_overwritten(finished_run, image_folder):
     before = metrics(finished_run)
     with pytest.raises(ValueError, match="holds the checkpoints of another run"):
@@ -141,9 +155,12 @@ def test_a_finished_run_is_not_overwritten(finished_run, image_folder):
     assert metrics(finished_run) == before
 
 
-def test_resuming_before_later_checkpoints_is_refused(finished_run, image_folder):
+def test_resuming_before_other_checkpoints_is_refused(finished_run, image_folder, tmp_path):
     with pytest.raises(ValueError, match="holds later checkpoints than the one to resume from: checkpoint-6"):
         train(image_folder, finished_run, resume_from_checkpoint="checkpoint-3")
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="holds the checkpoints of another run than"):
+        train(image_folder, tmp_path, resume_from_checkpoint=finished_run / "checkpoint-6")
     assert [path.name for path in list_checkpoints(finished_run)] == ["checkpoint-3", "checkpoint-6"]
 
 

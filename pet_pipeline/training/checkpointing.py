@@ -46,6 +46,7 @@ class TrainingState:
     seconds: float = 0.0
     best_loss: float = math.inf
     num_workers: int = 0  # processes that read the stream, if there is one
+    has_ended: bool = False  # at this step, so that measurements which may not be due follow the checkpoint
     precision: str = ""  # of the steps so far, which `--mixed_precision auto` may choose differently later
 
     def state_dict(self) -> dict[str, Any]:
@@ -199,6 +200,11 @@ def choose_checkpoint(
             )
         return None, []
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoints and checkpoint.parent.resolve() != Path(args.output_dir).resolve():
+        raise ValueError(
+            f"{args.output_dir!r} holds the checkpoints of another run than {str(checkpoint)!r}: choose "
+            "another --output_dir."
+        )
     later = [path for path in checkpoints if checkpoint_step(path) > checkpoint_step(checkpoint)]
     if later and args.resume_from_checkpoint != "latest":
         raise ValueError(

@@ -63,11 +63,12 @@ class TrainingResults:
 
     def measure(self) -> None:
         """Validates and draws pictures if they are due after this step; a resumed training repeats both."""
-        if self.state.step % self.args.validation_steps == 0:
+        if self.state.has_ended or self.state.step % self.args.validation_steps == 0:
             self.validate()
         if self.state.step % self.args.preview_steps == 0:
             self.preview()
-        if self.extractor is not None and self.state.step % self.args.evaluation_steps == 0:
+        is_due = self.args.evaluation_steps and self.state.step % self.args.evaluation_steps == 0
+        if self.extractor is not None and (self.state.has_ended or is_due):
             self.evaluate(self.extractor)
 
     def validate(self) -> None:
