@@ -134,11 +134,13 @@ def denoising_strip(
     names = [names[label] for label in class_labels]
     config = pipeline.transformer.config
     shape = (1, config.in_channels, config.sample_size, config.sample_size)
-    noise = torch.randn(shape, generator=image_generators(1, seed)[0]).repeat(len(names), 1, 1, 1)
+    generators = [image_generators(1, seed)[0] for _ in names]
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     recorder = DenoisingRecorder(noise)
     pipeline(
         class_labels,
         latents=noise,
+        generator=generators,  # of the noise that a solver adds
         callback_on_step_end=recorder,
         callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
         **kwargs,

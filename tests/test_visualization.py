@@ -1,9 +1,11 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from pet_pipeline import AdaptiveEDMScheduler
 from pet_pipeline.pipeline_pet_classification import ClassificationEvidence
 from pet_pipeline.visualization import (
     array_image,
@@ -58,8 +60,10 @@ def test_rows_of_a_comparison_have_their_steps(pipeline):
         assert np.abs(image - part).max() <= 1, steps
 
 
-def test_columns_of_a_strip_belong_together(pipeline):
+@pytest.mark.parametrize("options", [{}, {"solver": "euler", "s_churn": 40.0}], ids=["default", "churn"])
+def test_columns_of_a_strip_belong_together(pipeline, options):
     # The last prediction is the sample, so a sample of the same noise shows in the last column.
+    pipeline.scheduler = AdaptiveEDMScheduler(**options)
     strip = np.asarray(denoising_strip(pipeline, seed=3, num_inference_steps=4))
     grid = np.asarray(sample_grid(pipeline, num_images=1, seed=3, num_inference_steps=4))
     image = grid[4:20, -20:-4]
