@@ -55,7 +55,7 @@ def gaussian_pipeline(std=0.3):
 def test_subsets_are_balanced():
     dataset = ImageDataset(torch.arange(10).view(10, 1, 1, 1).byte(), torch.arange(10) % 2, ["a", "b"])
     assert balanced_subset(dataset, 5).images.flatten().tolist() == [0, 2, 4, 1, 3]
-    assert balanced_subset(dataset, 4, start=3).images.flatten().tolist() == [6, 8, 7, 9]
+    assert balanced_subset(dataset, 4, start=0.6).images.flatten().tolist() == [6, 8, 7, 9]
 
 
 def test_generated_images_depend_on_their_seed_alone_and_evaluations_are_counted():
@@ -118,10 +118,19 @@ def test_training_images_are_compared_with_others():
     assert found["other training images"]["fd_pixels"] > 0.3 * found["unseen images"]["fd_pixels"] > 0
 
 
-def test_classes_of_unequal_size_limit_the_number():
+def test_classes_of_unequal_size_limit_the_number(monkeypatch):
     reference = gaussian_reference(60)
     dark, bright = ((reference.images.labels == label).nonzero().flatten() for label in (0, 1))
     few = reference.images.subset(torch.cat([dark, bright[:2]]))
+    skewed = Reference(few, few.subset(torch.arange(len(few))), reference.images)
+    counts = []
+    monkeypatch.setattr(
+        "pet_pipeline.evaluation.images.measure_images",
+        lambda images, labels, *args, **kwargs: counts.append(labels.bincount().tolist()),
+    )
+    floors(skewed, 20, Pixels())
+    assert counts == [[1, 1], [2, 2], [1, 1]]
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="with equal shares of each class"):
         evaluate(gaussian_pipeline(), Reference(reference.train, reference.validation, few), Pixels(), 10)
 

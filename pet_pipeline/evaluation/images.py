@@ -27,7 +27,7 @@ from .metrics import (
     precision_recall,
     validation_loss,
 )
-from .reference import Reference, balanced_subset
+from .reference import Reference, balanced_subset, num_balanced
 
 
 @dataclass
@@ -164,10 +164,8 @@ def floors(
         every image is a copy. "unseen images" are perfect, and are left out if the reference consists of
         them. "mean colours of images" have lost everything but the mean colour of a real image.
     """
-    half = balanced_subset(
-        reference.train, num_images, start=len(reference.train) // (2 * len(reference.train.class_names))
-    )
-    unseen = balanced_subset(reference.validation, num_images)
+    half = balanced_subset(reference.train, min(num_images, num_balanced(reference.train, 0.5)), 0.5)
+    unseen = balanced_subset(reference.validation, min(num_images, num_balanced(reference.validation)))
     colours = half.images.float().mean((2, 3), keepdim=True).round().byte().expand_as(half.images)
     sets = {
         "other training images": (half.images, half.labels),
@@ -237,9 +235,9 @@ def evaluate(
         hold, and the images.
 
     Raises:
-        ValueError: if a [`balanced_subset`] of the reference has fewer images than `num_images`.
+        ValueError: if the reference has fewer images in equal shares of each class than `num_images`.
     """
-    num_real_images = len(balanced_subset(reference.images, num_images))
+    num_real_images = num_balanced(reference.images)
     if num_images > num_real_images:
         raise ValueError(
             f"`num_images` must be at most {num_real_images}, the number of real images with equal shares of "

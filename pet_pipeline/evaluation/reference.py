@@ -59,11 +59,23 @@ def load_reference(
     return Reference(train, validation, images)
 
 
-def balanced_subset(dataset: ImageSet, num_images: int, start: int = 0) -> ImageDataset:
-    """Returns `num_images` images in equal shares of each class, beginning at image `start` of each class."""
+def num_balanced(dataset: ImageSet, start: float = 0.0) -> int:
+    """Returns how many images [`balanced_subset`] can take in equal shares of each class."""
+    num_classes = len(dataset.class_names)
+    smallest = int(dataset.labels.bincount(minlength=num_classes).min())
+    return num_classes * (smallest - int(start * smallest))
+
+
+def balanced_subset(dataset: ImageSet, num_images: int, start: float = 0.0) -> ImageDataset:
+    """Returns `num_images` images in equal shares of each class, after the share `start` of its images.
+
+    A class with fewer images than its share is in it with all of them.
+    """
     num_classes = len(dataset.class_names)
     rows = []
     for label in range(num_classes):
         count = (num_images - label + num_classes - 1) // num_classes
-        rows.append((dataset.labels == label).nonzero().flatten()[start : start + count])
+        of_class = (dataset.labels == label).nonzero().flatten()
+        first = int(start * len(of_class))
+        rows.append(of_class[first : first + count])
     return dataset.subset(torch.cat(rows)).load()
