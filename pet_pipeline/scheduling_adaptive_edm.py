@@ -532,6 +532,11 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
             self.config[name] for name in ("p_mean", "p_std", "sigma_min", "sigma_max")
         )
         low, high = (math.erf((math.log(sigma) - mean) / std / 2**0.5) for sigma in (sigma_min, sigma_max))
+        if high - low < 1e-3:  # float32 would round the levels to one end, or to the wrong one
+            raise ValueError(
+                f"Hardly any noise level of the training, ln σ ~ N({mean:g}, {std:g}²), lies between "
+                f"`sigma_min` = {sigma_min:g} and `sigma_max` = {sigma_max:g}. Change `p_mean` or `p_std`."
+            )
         z_scores = 2**0.5 * torch.erfinv(low + (high - low) * probabilities)
         # The inverse is steep at both ends, where rounding could leave the range.
         return (mean + std * z_scores).exp().clamp(sigma_min, sigma_max)

@@ -187,6 +187,13 @@ def test_fixed_draw_follows_the_truncated_log_normal():
     assert sigmas.median().item() == pytest.approx(median.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize(("p_mean", "p_std"), [(-8.0, 0.3), (7.0, 0.5)])
+def test_a_draw_outside_the_range_is_refused(p_mean, p_std):
+    scheduler = AdaptiveEDMScheduler(p_mean=p_mean, p_std=p_std)
+    with pytest.raises(ValueError, match="Hardly any noise level of the training"):
+        scheduler.sample_training_sigmas(4)
+
+
 def test_each_level_of_a_batch_is_drawn_in_a_stratum_of_its_own():
     scheduler = AdaptiveEDMScheduler(adaptive=False)
     proposal = torch.distributions.Normal(torch.tensor(-1.6).double(), 1.4)
