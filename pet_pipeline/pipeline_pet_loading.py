@@ -347,7 +347,8 @@ def eight_bit_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
     if image.mode == "F":
         raise ValueError("the pixels are floating-point numbers of an unknown range.")
     if image.mode[0] == "I":
-        image = image.point(lambda value: value * (1 / 257)).convert("L")
+        # Of the 16-bit modes, only "I" can be scaled in every byte order.
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if image.has_transparency_data and mode != "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert(mode)

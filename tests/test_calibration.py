@@ -174,6 +174,9 @@ def test_classify_names_bad_files_and_classifies_the_others(saved, image_folder,
     assert records[0]["probabilities"] == records[1]["probabilities"] and records[0]["num_evaluations"] == 8
     assert "b.txt' cannot be read as an image" in error and "1 of 3 files" in error and "hidden" not in error
     assert (tmp_path / "why.png").exists()
+    assert main([*words, "--evidence", str(tmp_path / "new" / "why.jpg")]) == 1  # again because of one file
+    assert (tmp_path / "new" / "why.jpg").exists()
+    capsys.readouterr()
     assert main(["classify", str(folder / "a.png"), "--model", saved, "--num_evaluations", "2"]) == 0
     assert f"{folder / 'a.png'}: " in capsys.readouterr().out
     for words, message in (
@@ -181,6 +184,7 @@ def test_classify_names_bad_files_and_classifies_the_others(saved, image_folder,
         ([str(folder / "b.txt")], "None of the files can be classified"),
         ([str(folder / "missing.png")], "None of the files can be classified"),
         ([str(folder / "a.png"), "--num_evaluations", "3"], "even"),
+        ([str(folder / "a.png"), "--evidence", "why"], "must end as an image file does"),
     ):
         assert main(["classify", *words, "--model", saved]) == 1
         assert message in capsys.readouterr().err

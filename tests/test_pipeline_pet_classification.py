@@ -360,8 +360,10 @@ def test_images_of_every_kind(tmp_path, pipeline):
 
 
 def test_grey_levels_of_16_bits_are_scaled():
-    image = Image.fromarray(np.array([[0, 100 * 257, 65535]], dtype=np.uint16))
-    assert np.asarray(eight_bit_image(image, "L")).tolist() == [[0, 100, 255]]
+    levels = np.array([[0, 100 * 257, 65535]], dtype=np.uint16)
+    big_endian = Image.frombytes("I;16B", (3, 1), levels.astype(">u2").tobytes())  # of some TIFF files
+    for image in (Image.fromarray(levels), big_endian):
+        assert np.asarray(eight_bit_image(image, "L")).tolist() == [[0, 100, 255]]
 
 
 def test_images_are_cropped_at_their_centre(pipeline):

@@ -71,11 +71,19 @@ def image_files(paths: list[Path]) -> list[Path]:
 def run(args: argparse.Namespace) -> None:
     """Classifies the images, and ends with an error if one of them could not be read."""
     import torch
+    from PIL import Image
 
     from ..pipeline_pet_loading import read_image
     from ..visualization import evidence_figure
 
     files = image_files(args.images)
+    if args.evidence is not None:
+        suffix = args.evidence.suffix.lower()
+        if suffix not in Image.registered_extensions():
+            raise ValueError(
+                f"--evidence {str(args.evidence)!r} must end as an image file does, such as .png."
+            )
+        args.evidence.parent.mkdir(parents=True, exist_ok=True)
     pipeline = load_classifier_pipeline(args.model, args.device, args.dtype, revision=args.revision)
     pipeline.set_progress_bar_config(disable=True)
     good, tensors = [], []
