@@ -381,6 +381,18 @@ def test_edit_in_the_page(server, open_page, image_folder):
     beside = page.get_by_role("img", name="dog, seed 5", exact=True).first.bounding_box()
     assert original["y"] == beside["y"] and original["x"] < beside["x"]
 
+    # Another image takes the place of an edit that runs.
+    set_number(page, "number input for Strength", 1)
+    set_number(page, "number input for Steps", 100)
+    server.delay, server.evaluations = 0.1, 0
+    edit.click()
+    page.get_by_text(re.compile(r"Step ([2-9]|\d\d) of 100")).wait_for()
+    page.get_by_role("button", name="Example 1,").locator("visible=true").click()
+    page.get_by_role("status").get_by_text("The image is").wait_for()
+    server.wait_until_idle()
+    assert server.evaluations < 100
+    assert page.get_by_role("img", name="The chosen image").is_visible()
+
 
 def test_a_picture_is_passed_on_to_be_edited_and_classified(server, open_page):
     page = open_page()

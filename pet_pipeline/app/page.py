@@ -249,6 +249,8 @@ def add_edit_tab(handlers: Handlers) -> tuple[Results, Chosen, gr.Radio]:
         **MODEL_EVENT,
     )
     cancel_on_click(cancel, results.status, [event])
+    # A running edit would cover the image that is chosen.
+    chosen.image.change(None, None, None, cancels=[event], **LIGHT_EVENT)
     return results, chosen, name
 
 
