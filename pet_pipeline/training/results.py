@@ -62,7 +62,10 @@ class TrainingResults:
         return self.pipeline
 
     def measure(self) -> None:
-        """Validates and draws pictures if they are due after this step; a resumed training repeats both."""
+        """Validates and draws pictures if they are due after this step.
+
+        A resumed training repeats both, and what was measured at its end if it is made longer.
+        """
         if self.state.has_ended or self.state.step % self.args.validation_steps == 0:
             self.validate()
         if self.state.step % self.args.preview_steps == 0:
