@@ -78,8 +78,7 @@ def run(args: argparse.Namespace) -> None:
 
     files = image_files(args.images)
     if args.evidence is not None:
-        suffix = args.evidence.suffix.lower()
-        if suffix not in Image.registered_extensions():
+        if args.evidence.suffix.lower() not in Image.registered_extensions():
             raise ValueError(
                 f"--evidence {str(args.evidence)!r} must end as an image file does, such as .png."
             )
