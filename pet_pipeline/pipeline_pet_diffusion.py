@@ -212,24 +212,41 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
             raise ValueError(f"`latents` must be of shape {shape}, but is {tuple(latents.shape)}.")
         return latents.to(device=device, dtype=torch.float32) * self.scheduler.init_noise_sigma
 
-    def first_step(self, num_timesteps: int, image: Any, strength: float | None, mask_image: Any) -> int:
-        """Returns the index in `timesteps` of the first step of a call; see [`__call__`].
+    def prepare_timesteps(
+        self,
+        num_inference_steps: int,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | torch.Tensor | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
+    ) -> tuple[torch.Tensor, int]:
+        """Sets the scheduler's grid; returns the timesteps of a call, and the index of the first in the grid.
+
+        The arguments are those of [`__call__`].
 
         Raises:
-            ValueError: if `strength` is out of range, or it or a mask is given without an image.
+            ValueError: if `strength` is out of range, or it or a mask is given without an image; or if the
+                steps cannot be used, see [`retrieve_timesteps`].
         """
         if image is None:
             if strength is not None or mask_image is not None:
                 raise ValueError("`strength` and `mask_image` need an `image` to edit.")
-            return 0
+            return retrieve_timesteps(self.scheduler, num_inference_steps, device, sigmas), 0
         if strength is None:
             strength = 0.5 if mask_image is None else 1.0
         strength = check_number("strength", strength)
         if not 0 < strength <= 1:
             raise ValueError(f"`strength` must be in (0, 1], but is {strength}.")
+        if self.is_tuned and sigmas is None:  # it has too few steps to leave some of them out
+            steps = check_integer("num_inference_steps", num_inference_steps)
+            self.scheduler.set_timesteps(steps, device=device, strength=strength)
+            return self.scheduler.timesteps, 0
+        timesteps = retrieve_timesteps(self.scheduler, num_inference_steps, device, sigmas)
         order = self.scheduler.order
-        num_steps = -(-num_timesteps // order)
-        return (num_steps - max(1, int(num_steps * strength))) * order
+        num_steps = -(-len(timesteps) // order)
+        first = (num_steps - max(1, int(num_steps * strength))) * order
+        return timesteps[first:], first
 
     def prepare_edit(
         self, image: Any, mask_image: Any, latents: torch.Tensor
@@ -335,7 +352,9 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
                 each image to draw. Sampling begins with this image and noise, and not with noise alone
                 (SDEdit). It is resized and cropped to the model's size.
             strength (`float`, *optional*): share of the steps, the last ones, that an edit takes, in (0, 1].
-                The default is 0.5, or 1 with a `mask_image`. At 1, the image leaves hardly a trace.
+                The default is 0.5, or 1 with a `mask_image`. At 1, the image leaves hardly a trace. A model
+                that was tuned to few steps takes all of its steps, from the noise level where another would
+                begin.
             mask_image (PIL image, path, tensor, or a list of them, *optional*): white where `image` is to be
                 drawn anew, and black where its pixels are kept.
 
@@ -363,9 +382,9 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
         self._interrupt = False
 
         # 2. Noise levels
-        timesteps = retrieve_timesteps(self.scheduler, num_inference_steps, device, sigmas)
-        first = self.first_step(len(timesteps), image, strength, mask_image)
-        timesteps = timesteps[first:]
+        timesteps, first = self.prepare_timesteps(
+            num_inference_steps, device, sigmas, image, strength, mask_image
+        )
         self.scheduler.set_begin_index(first)
         self._num_timesteps = len(timesteps)
 
@@ -543,7 +562,7 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
 def retrieve_timesteps(
     scheduler: SchedulerMixin,
     num_inference_steps: int,
-    device: torch.device,
+    device: str | torch.device | None,
     sigmas: list[float] | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sets the scheduler's grid and returns its timesteps.

@@ -28,7 +28,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "sigma_min": (1e-9, 1e9),
     "sigma_max": (1e-9, 1e9),
     "sigma_data": (1e-9, 1e9),
+    "consistency_sigma_max": (1e-9, 1e9),
     "consistency_sigma_min": (1e-9, 1e9),
+    "consistency_eta": (0, 1),
     "rho": (0.1, 1000),
     "num_train_timesteps": (1, 1_000_000),
     "s_churn": (0, math.inf),
@@ -96,14 +98,20 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         solver (`str`, defaults to `"multistep"`): `"multistep"` (DPM-Solver++(2M), second order at one
             evaluation a step), `"euler"`, `"heun"` (EDM's algorithm 1, n steps with 2n - 1 evaluations), or
             `"consistency"`, for a model that `train_pet.py --objective consistency` has tuned: each step
-            denoises completely, and adds fresh noise of the next level (Song et al. 2023, algorithm 1).
+            denoises completely, and adds noise of the next level (Song et al. 2023, algorithm 1).
         s_churn (`float`, defaults to 0.0): EDM's stochasticity, for the solvers `"euler"` and `"heun"`. Each
             step's level is raised by a factor 1 + min(s_churn / steps, √2 - 1) with fresh noise.
         s_tmin (`float`, defaults to 0.05), s_tmax (`float`, defaults to 50.0): levels between which churn
             acts.
         s_noise (`float`, defaults to 1.0): standard deviation of the fresh noise, in units of the level.
-        consistency_sigma_min (`float`, defaults to 0.8): smallest level of the sampling grid with the solver
-            `"consistency"`, in place of `sigma_min`.
+        consistency_sigma_max (`float`, defaults to 0.8), consistency_sigma_min (`float`, defaults to 0.17):
+            second and last level of the sampling grid with the solver `"consistency"`, which begins at
+            `sigma_max`. The levels between them are spaced evenly in ln σ. Two steps end at the second level.
+        consistency_eta (`float`, defaults to 0.7): share η of fresh noise in the noise that the solver
+            `"consistency"` adds at its last level, if that is below `consistency_sigma_max`:
+            σ·(√(1 - η²)·ε + η·n), where ε is the noise that the step before has found in its sample, and n is
+            fresh (as γ in Zheng et al. 2024, "Trajectory Consistency Distillation"). At higher levels, all
+            noise is fresh. A perfect model would need η = 1; less brings back detail that others lose.
         adaptive (`bool`, defaults to `True`): adapt the training draw to the observed losses. Where a learned
             weighting brings these to the same size at every noise level, as that of [`BalancedAdaptiveLoss`]
             does, the draw stays at the proposal.
@@ -135,7 +143,9 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         s_tmin: float = 0.05,
         s_tmax: float = 50.0,
         s_noise: float = 1.0,
-        consistency_sigma_min: float = 0.8,
+        consistency_sigma_max: float = 0.8,
+        consistency_sigma_min: float = 0.17,
+        consistency_eta: float = 0.7,
         adaptive: bool = True,
         p_mean: float = -1.6,
         p_std: float = 1.4,
@@ -165,11 +175,14 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
                 )
         if s_churn > 0 and solver not in ("euler", "heun"):
             raise ValueError(f"`s_churn` needs the solver 'euler' or 'heun', but the solver is {solver!r}.")
-        if solver == "consistency" and (final_sigmas_type != "zero" or consistency_sigma_min >= sigma_max):
-            raise ValueError(
-                "The solver 'consistency' needs `final_sigmas_type` 'zero' and `consistency_sigma_min` less "
-                f"than `sigma_max`, not {final_sigmas_type!r}, {consistency_sigma_min} and {sigma_max}."
-            )
+        if solver == "consistency":
+            if final_sigmas_type != "zero":
+                raise ValueError("The solver 'consistency' needs `final_sigmas_type` 'zero'.")
+            if not consistency_sigma_min < consistency_sigma_max < sigma_max:
+                raise ValueError(
+                    "The solver 'consistency' needs `consistency_sigma_min` < `consistency_sigma_max` < "
+                    f"`sigma_max`, not {consistency_sigma_min}, {consistency_sigma_max} and {sigma_max}."
+                )
         if adaptive_decay == 1:
             raise ValueError("`adaptive_decay` must be less than 1, because the running sums would overflow.")
 
@@ -267,6 +280,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         sigmas: list[float] | torch.Tensor | None = None,
+        strength: float = 1.0,
     ) -> None:
         """Sets the grid of noise levels.
 
@@ -276,6 +290,10 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
             device (`str` or `torch.device`, *optional*): device of `timesteps`; `sigmas` stays on the CPU.
             sigmas (`list[float]` or `torch.Tensor`, *optional*): noise levels, strictly decreasing, used as
                 given. The final level (see `final_sigmas_type`) is appended unless the last one is 0.
+            strength (`float`, defaults to 1.0): share of the ramp of noise levels that is left, in (0, 1],
+                where an edit begins. Only the solver `"consistency"` uses it: its grid then begins at the
+                level where a long grid of another solver would have this share of its steps left. It still
+                has `num_inference_steps` levels, or one if it begins below `consistency_sigma_min`.
 
         Raises:
             ValueError: if neither of the two is given, or the one that is given cannot be used.
@@ -305,23 +323,30 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(
                     f"`num_inference_steps` must be a positive integer, but is {num_inference_steps!r}."
                 )
-            sigmas, final_sigma = self._grid(int(num_inference_steps)), None
+            sigmas, final_sigma = self._grid(int(num_inference_steps), strength), None
         self.num_inference_steps = len(sigmas)
         self._set_grid(sigmas, final_sigma, device)
 
-    def _grid(self, num_steps: int) -> torch.Tensor:
-        """Returns `num_steps` levels from `sigma_max` down to the smallest."""
-        ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
+    def _grid(self, num_steps: int, strength: float = 1.0) -> torch.Tensor:
+        """Returns `num_steps` levels from `sigma_max` down to the smallest; see [`set_timesteps`]."""
+        if self.config.solver != "consistency":
+            return self._ramp(torch.linspace(0, 1, num_steps, dtype=torch.float64)).float()
+        low, high = self.config.consistency_sigma_min, self.config.consistency_sigma_max
+        start = self._ramp(torch.tensor(1.0 - strength, dtype=torch.float64)).reshape(1)
+        if start <= low:
+            return start.float()
+        first = start[:0] if start <= high else start
+        ends = math.log(min(start.item(), high)), math.log(low)
+        rest = torch.linspace(*ends, num_steps - len(first), dtype=torch.float64).exp()
+        return torch.cat([first, rest]).float()
+
+    def _ramp(self, position: torch.Tensor) -> torch.Tensor:
+        """Returns the levels at positions from 0, which is `sigma_max`, to 1, which is `sigma_min`."""
         sigma_min, sigma_max, rho = self.config.sigma_min, self.config.sigma_max, self.config.rho
-        if self.config.solver == "consistency":
-            sigma_min = self.config.consistency_sigma_min
         if self.config.sigma_schedule == "exponential":
-            sigmas = (math.log(sigma_max) + ramp * math.log(sigma_min / sigma_max)).exp()
-        else:
-            sigmas = (
-                sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
-            ) ** rho
-        return sigmas.float()
+            return (math.log(sigma_max) + position * math.log(sigma_min / sigma_max)).exp()
+        ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+        return (ends[0] + position * (ends[1] - ends[0])) ** rho
 
     def _set_grid(
         self, sigmas: torch.Tensor, final_sigma: float | None = None, device: str | torch.device | None = None
@@ -342,6 +367,9 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
             levels = raised
         if self.config.solver == "consistency":
             targets = torch.zeros_like(targets)
+            if len(levels) > 1 and levels[-1] < 0.999 * self.config.consistency_sigma_max:
+                # Euler's method leaves the part of the noise that is not fresh.
+                targets[-2] = (1 - self.config.consistency_eta**2) ** 0.5 * levels[-1]
         # For `timesteps[i]`, the model is evaluated at the level `sigmas[i]`, and the step ends at the level
         # `_targets[i]`.
         self.sigmas = torch.cat([levels, torch.tensor([final_sigma])])

@@ -48,23 +48,62 @@ def test_the_denoised_image_is_the_image_where_there_is_no_noise(kind):
         assert not torch.equal(denoise(1e-2), images)
 
 
-def test_the_solver_denoises_completely_and_adds_fresh_noise():
-    scheduler = AdaptiveEDMScheduler(solver="consistency")
-    scheduler.set_timesteps(4)
-    assert scheduler.sigmas[0] == 80 and scheduler.sigmas[-1] == 0
-    torch.testing.assert_close(scheduler.sigmas[3], torch.tensor(0.8))
-    scheduler.set_timesteps(sigmas=[50.0, 3.0])
+def test_the_grid_spaces_its_lower_levels_evenly_in_the_logarithm():
+    scheduler = AdaptiveEDMScheduler(
+        solver="consistency", consistency_sigma_max=0.8, consistency_sigma_min=0.1
+    )
+    grids = {1: [80, 0], 2: [80, 0.8, 0], 3: [80, 0.8, 0.1, 0], 5: [80, 0.8, 0.4, 0.2, 0.1, 0]}
+    for num_steps, levels in grids.items():
+        scheduler.set_timesteps(num_steps)
+        torch.testing.assert_close(scheduler.sigmas, torch.tensor(levels, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_the_solver_denoises_completely_and_adds_noise_that_is_fresh_but_for_the_last(eta):
+    scheduler = AdaptiveEDMScheduler(solver="consistency", consistency_eta=eta)
+    for levels in ([50.0], [50.0, 3.0], [50.0, 0.8]):
+        scheduler.set_timesteps(sigmas=levels)
+        assert scheduler._targets.tolist() == [0] * len(levels)
+    scheduler.set_timesteps(sigmas=[50.0, 0.8, 0.2])
     sample, output = torch.randn(2, 3, 8, 8) * 50, torch.randn(2, 3, 8, 8)
-    first = scheduler.step(output, scheduler.timesteps[0], sample, generators(1, 2))
     noise = torch.cat([torch.randn(1, 3, 8, 8, generator=each) for each in generators(1, 2)])
-    torch.testing.assert_close(first.prev_sample, first.pred_original_sample + 3 * noise)
-    last = scheduler.step(output, scheduler.timesteps[1], first.prev_sample)
+    first = scheduler.step(output, scheduler.timesteps[0], sample, generators(1, 2))
+    torch.testing.assert_close(first.prev_sample, first.pred_original_sample + 0.8 * noise)
+    second = scheduler.step(output, scheduler.timesteps[1], first.prev_sample, generators(1, 2))
+    found = (first.prev_sample - second.pred_original_sample) / 0.8
+    mixed = (1 - eta**2) ** 0.5 * found + eta * noise
+    torch.testing.assert_close(second.prev_sample, second.pred_original_sample + 0.2 * mixed)
+    last = scheduler.step(output, scheduler.timesteps[2], second.prev_sample)
     torch.testing.assert_close(last.prev_sample, last.pred_original_sample)
+
+
+def test_an_edit_takes_all_steps_from_the_level_where_another_solver_begins(model):
+    image = torch.zeros(3, 8, 8)
+    tuned = PetDiffusionPipeline(model, AdaptiveEDMScheduler(solver="consistency"), guidance_scale=1.0)
+    other = PetDiffusionPipeline(model, AdaptiveEDMScheduler(), guidance_scale=1.0)
+    for strength in (0.3, 0.5, 0.75):
+        other.prepare_timesteps(1001, image=image, strength=strength)
+        start = other.scheduler.sigmas[1001 - int(1001 * strength)].item()
+        timesteps, first = tuned.prepare_timesteps(3, image=image, strength=strength)
+        sigmas = tuned.scheduler.sigmas.tolist()
+        assert first == 0 and len(timesteps) == 3 and sigmas[0] == pytest.approx(start, rel=0.03)
+        lowest = tuned.scheduler.config.consistency_sigma_min
+        assert sigmas[2] == pytest.approx(lowest) and sigmas == sorted(sigmas, reverse=True)
+    tuned(0, 3, image=image, strength=0.01)  # less noise than the last level has
+    assert tuned.num_timesteps == 1
+    tuned(0, image=image, strength=0.5, sigmas=[80.0, 0.8, 0.2, 0.1])
+    assert tuned.num_timesteps == 2
 
 
 @pytest.mark.parametrize(
     "config",
-    [{"s_churn": 1.0}, {"final_sigmas_type": "sigma_min"}, {"consistency_sigma_min": 80.0}],
+    [
+        {"s_churn": 1.0},
+        {"final_sigmas_type": "sigma_min"},
+        {"consistency_sigma_max": 80.0},
+        {"consistency_sigma_min": 0.8},
+        {"consistency_eta": 1.5},
+    ],
 )
 def test_what_the_solver_cannot_use_is_refused(config):
     with pytest.raises(ValueError, match=f"`{next(iter(config))}`"):
@@ -146,7 +185,7 @@ def test_the_teacher_is_guided(pipeline):
 def test_a_pipeline_that_solves_the_ode_draws_from_the_data_in_any_number_of_steps():
     tuned = PetDiffusionPipeline(
         ExactSolution(std=0.3),
-        AdaptiveEDMScheduler(solver="consistency"),
+        AdaptiveEDMScheduler(solver="consistency", consistency_eta=1.0),
         guidance_scale=1.0,
         num_inference_steps=2,
     )

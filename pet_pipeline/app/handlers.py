@@ -172,7 +172,9 @@ class Handlers:
         """Returns the plot of the guidance weight at each step."""
         settings = with_saved_values(self.pipeline, settings)
         scheduler = scheduler_by_name(settings.scheduler, self.pipeline.scheduler)
-        sigmas, weights = guidance_weights(scheduler, settings)
+        scheduler.set_timesteps(settings.steps)
+        sigmas = scheduler.sigmas[: len(scheduler.timesteps)].tolist()
+        weights = guidance_weights(sigmas, settings)
         evaluations = num_evaluations(sigmas, weights, settings)
         caption = f"{counted(evaluations, 'evaluation')} of the model for each image"
         if self.pipeline.is_tuned:

@@ -123,16 +123,11 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
 # Drawing
 
 
-def guidance_weights(scheduler: Any, settings: SampleSettings) -> tuple[list[float], list[float]]:
-    """Returns the noise level σ and the guidance weight of each step; see [`with_saved_values`]."""
-    assert settings.guidance_scale is not None
-    scheduler.set_timesteps(settings.steps)
-    num_steps = len(scheduler.timesteps)
-    sigmas = scheduler.sigmas[:num_steps].tolist()
-    weights = [
-        guidance_weight(sigma, settings.guidance_scale, settings.guidance_schedule) for sigma in sigmas
-    ]
-    return sigmas, weights
+def guidance_weights(sigmas: list[float], settings: SampleSettings) -> list[float]:
+    """Returns the guidance weight of steps at noise levels σ; see [`with_saved_values`]."""
+    scale = settings.guidance_scale
+    assert scale is not None
+    return [guidance_weight(sigma, scale, settings.guidance_schedule) for sigma in sigmas]
 
 
 def with_saved_values(pipeline: PetDiffusionPipeline, settings: SampleSettings) -> SampleSettings:
@@ -201,13 +196,14 @@ def sample(
     began = time.perf_counter()
     # Requests share the weights, but each needs its own scheduler, which keeps the state of a sampling.
     scheduler = scheduler_by_name(settings.scheduler, pipeline.scheduler)
-    sigmas, weights = guidance_weights(scheduler, settings)
     # A class without a name is called by its id on the page.
     id2label = dict(enumerate(pipeline.class_names))
     pipe = PetDiffusionPipeline(pipeline.transformer, scheduler, guide=pipeline.guide, id2label=id2label)
     pipe.set_progress_bar_config(disable=True)
-    first = pipe.first_step(len(sigmas), image, strength, None)
-    sigmas, weights = sigmas[first:], weights[first:]
+    assert settings.steps is not None
+    timesteps, first = pipe.prepare_timesteps(settings.steps, image=image, strength=strength)
+    sigmas = scheduler.sigmas[first : first + len(timesteps)].tolist()
+    weights = guidance_weights(sigmas, settings)
     config = pipe.transformer.config
     generators = [generator for _ in names for generator in image_generators(number, seed)]
     shape = (len(generators), config.in_channels, config.sample_size, config.sample_size)

@@ -17,8 +17,9 @@ from ..sampling import generate, model_digests
 from ..scheduling_adaptive_edm import AdaptiveEDMScheduler
 
 
-NUM_STEPS = 11  # of the teacher
-NUM_LEVELS = 8  # the first levels of a trajectory, which are learned; the student is not called at lower ones
+NUM_STEPS = 13  # of the teacher
+NUM_HIGH = 10  # the first levels of a trajectory, to σ = 0.17; the student is not called at lower ones
+NUM_LEVELS = 8  # so many of these are learned at once: the first, and others at random
 JITTER = 0.3  # levels move towards a neighbour by up to this fraction of the way, in ln σ
 NUM_DISTANCE_IMAGES = 64
 
@@ -65,7 +66,8 @@ class ConsistencyTeacher:
 
         Returns:
             `tuple`: 8 noisy images of each trajectory, their classes and noise levels σ, and the images that
-            were drawn, once for each noisy image; each of the length of `batch`, if 8 divides it.
+            were drawn, once for each noisy image; each of the length of `batch`, if 8 divides it. The first
+            noisy image is the starting point, and the others are a random choice of the next 9.
         """
         number = max(1, len(images) // NUM_LEVELS)
         images, labels = images[:number], labels[:number]
@@ -86,10 +88,12 @@ class ConsistencyTeacher:
             model_input = scheduler.scale_model_input(sample, timestep)
             output = self.pipeline.guided_output(model_input, timestep, labels, null_labels, sigma)
             sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+        others = torch.randperm(NUM_HIGH - 1)[: NUM_LEVELS - 1].sort().values
+        learned = [0, *(1 + others).tolist()]
         return (
-            torch.cat(noisy_images[:NUM_LEVELS]),
+            torch.cat([noisy_images[index] for index in learned]),
             labels.repeat(NUM_LEVELS),
-            levels[:NUM_LEVELS].to(images.device).repeat_interleave(number),
+            levels[learned].to(images.device).repeat_interleave(number),
             sample.clamp(-1, 1).repeat(NUM_LEVELS, 1, 1, 1),
         )
 
