@@ -353,8 +353,8 @@ class PetDiffusionPipeline(PetPipelineMixin, DiffusionPipeline):
                 (SDEdit). It is resized and cropped to the model's size.
             strength (`float`, *optional*): share of the steps, the last ones, that an edit takes, in (0, 1].
                 The default is 0.5, or 1 with a `mask_image`. At 1, the image leaves hardly a trace. A model
-                that was tuned to few steps takes all of its steps, from the noise level where another would
-                begin.
+                that was tuned to few steps begins at the noise level where another would begin, and takes its
+                own levels below that.
             mask_image (PIL image, path, tensor, or a list of them, *optional*): white where `image` is to be
                 drawn anew, and black where its pixels are kept.
 

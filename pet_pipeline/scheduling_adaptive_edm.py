@@ -28,9 +28,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "sigma_min": (1e-9, 1e9),
     "sigma_max": (1e-9, 1e9),
     "sigma_data": (1e-9, 1e9),
-    "consistency_sigma_max": (1e-9, 1e9),
-    "consistency_sigma_min": (1e-9, 1e9),
-    "consistency_eta": (0, 1),
     "rho": (0.1, 1000),
     "num_train_timesteps": (1, 1_000_000),
     "s_churn": (0, math.inf),
@@ -98,20 +95,15 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         solver (`str`, defaults to `"multistep"`): `"multistep"` (DPM-Solver++(2M), second order at one
             evaluation a step), `"euler"`, `"heun"` (EDM's algorithm 1, n steps with 2n - 1 evaluations), or
             `"consistency"`, for a model that `train_pet.py --objective consistency` has tuned: each step
-            denoises completely, and adds noise of the next level (Song et al. 2023, algorithm 1).
+            denoises completely, and adds fresh noise of the next level (Song et al. 2023, algorithm 1).
         s_churn (`float`, defaults to 0.0): EDM's stochasticity, for the solvers `"euler"` and `"heun"`. Each
             step's level is raised by a factor 1 + min(s_churn / steps, √2 - 1) with fresh noise.
         s_tmin (`float`, defaults to 0.05), s_tmax (`float`, defaults to 50.0): levels between which churn
             acts.
         s_noise (`float`, defaults to 1.0): standard deviation of the fresh noise, in units of the level.
-        consistency_sigma_max (`float`, defaults to 0.8), consistency_sigma_min (`float`, defaults to 0.17):
-            second and last level of the sampling grid with the solver `"consistency"`, which begins at
-            `sigma_max`. The levels between them are spaced evenly in ln σ. Two steps end at the second level.
-        consistency_eta (`float`, defaults to 0.7): share η of fresh noise in the noise that the solver
-            `"consistency"` adds at its last level, if that is below `consistency_sigma_max`:
-            σ·(√(1 - η²)·ε + η·n), where ε is the noise that the step before has found in its sample, and n is
-            fresh (as γ in Zheng et al. 2024, "Trajectory Consistency Distillation"). At higher levels, all
-            noise is fresh. A perfect model would need η = 1; less brings back detail that others lose.
+        consistency_sigmas (`list[float]`, defaults to `(0.8, 0.14, 10.0)`): levels of the solver
+            `"consistency"` after `sigma_max`, the most important one first. N steps take the first N - 1 of
+            them, in decreasing order; more steps than there are levels are refused.
         adaptive (`bool`, defaults to `True`): adapt the training draw to the observed losses. Where a learned
             weighting brings these to the same size at every noise level, as that of [`BalancedAdaptiveLoss`]
             does, the draw stays at the proposal.
@@ -143,9 +135,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         s_tmin: float = 0.05,
         s_tmax: float = 50.0,
         s_noise: float = 1.0,
-        consistency_sigma_max: float = 0.8,
-        consistency_sigma_min: float = 0.17,
-        consistency_eta: float = 0.7,
+        consistency_sigmas: list[float] | tuple[float, ...] = (0.8, 0.14, 10.0),
         adaptive: bool = True,
         p_mean: float = -1.6,
         p_std: float = 1.4,
@@ -178,10 +168,13 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         if solver == "consistency":
             if final_sigmas_type != "zero":
                 raise ValueError("The solver 'consistency' needs `final_sigmas_type` 'zero'.")
-            if not consistency_sigma_min < consistency_sigma_max < sigma_max:
+            is_list = isinstance(consistency_sigmas, (list, tuple))
+            if not is_list or not all(
+                isinstance(sigma, (int, float)) and 0 < sigma < sigma_max for sigma in consistency_sigmas
+            ):
                 raise ValueError(
-                    "The solver 'consistency' needs `consistency_sigma_min` < `consistency_sigma_max` < "
-                    f"`sigma_max`, not {consistency_sigma_min}, {consistency_sigma_max} and {sigma_max}."
+                    f"`consistency_sigmas` must be a list of levels between 0 and `sigma_max` = {sigma_max}, "
+                    f"but is {consistency_sigmas!r:.100}."
                 )
         if adaptive_decay == 1:
             raise ValueError("`adaptive_decay` must be less than 1, because the running sums would overflow.")
@@ -193,7 +186,7 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self._previous: _Evaluation | None = None
-        self._set_grid(self._grid(num_train_timesteps))
+        self._set_grid(self._ramp(torch.linspace(0, 1, num_train_timesteps, dtype=torch.float64)))
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
@@ -292,8 +285,8 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
                 given. The final level (see `final_sigmas_type`) is appended unless the last one is 0.
             strength (`float`, defaults to 1.0): share of the ramp of noise levels that is left, in (0, 1],
                 where an edit begins. Only the solver `"consistency"` uses it: its grid then begins at the
-                level where a long grid of another solver would have this share of its steps left. It still
-                has `num_inference_steps` levels, or one if it begins below `consistency_sigma_min`.
+                level where a long grid of another solver would have this share of its steps left, and goes on
+                with those of its levels that are lower.
 
         Raises:
             ValueError: if neither of the two is given, or the one that is given cannot be used.
@@ -323,30 +316,33 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(
                     f"`num_inference_steps` must be a positive integer, but is {num_inference_steps!r}."
                 )
-            sigmas, final_sigma = self._grid(int(num_inference_steps), strength), None
+            if self.config.solver != "consistency":
+                sigmas = self._ramp(torch.linspace(0, 1, int(num_inference_steps), dtype=torch.float64))
+            else:
+                sigmas = self._consistency_grid(int(num_inference_steps), strength)
+            final_sigma = None
         self.num_inference_steps = len(sigmas)
         self._set_grid(sigmas, final_sigma, device)
 
-    def _grid(self, num_steps: int, strength: float = 1.0) -> torch.Tensor:
-        """Returns `num_steps` levels from `sigma_max` down to the smallest; see [`set_timesteps`]."""
-        if self.config.solver != "consistency":
-            return self._ramp(torch.linspace(0, 1, num_steps, dtype=torch.float64)).float()
-        low, high = self.config.consistency_sigma_min, self.config.consistency_sigma_max
-        start = self._ramp(torch.tensor(1.0 - strength, dtype=torch.float64)).reshape(1)
-        if start <= low:
-            return start.float()
-        first = start[:0] if start <= high else start
-        ends = math.log(min(start.item(), high)), math.log(low)
-        rest = torch.linspace(*ends, num_steps - len(first), dtype=torch.float64).exp()
-        return torch.cat([first, rest]).float()
+    def _consistency_grid(self, num_steps: int, strength: float) -> torch.Tensor:
+        """Returns the levels of the solver `"consistency"`; see [`set_timesteps`]."""
+        levels = list(self.config.consistency_sigmas)
+        if num_steps > len(levels) + 1:
+            raise ValueError(
+                f"The solver 'consistency' has levels for at most {len(levels) + 1} steps, not {num_steps}: "
+                "give fewer steps, or levels of your own as `sigmas`."
+            )
+        start = self._ramp(torch.tensor([1.0 - strength], dtype=torch.float64))
+        lower = sorted({level for level in levels[: num_steps - 1] if level < start}, reverse=True)
+        return torch.cat([start, torch.tensor(lower)])
 
     def _ramp(self, position: torch.Tensor) -> torch.Tensor:
         """Returns the levels at positions from 0, which is `sigma_max`, to 1, which is `sigma_min`."""
         sigma_min, sigma_max, rho = self.config.sigma_min, self.config.sigma_max, self.config.rho
         if self.config.sigma_schedule == "exponential":
-            return (math.log(sigma_max) + position * math.log(sigma_min / sigma_max)).exp()
+            return (math.log(sigma_max) + position * math.log(sigma_min / sigma_max)).exp().float()
         ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-        return (ends[0] + position * (ends[1] - ends[0])) ** rho
+        return ((ends[0] + position * (ends[1] - ends[0])) ** rho).float()
 
     def _set_grid(
         self, sigmas: torch.Tensor, final_sigma: float | None = None, device: str | torch.device | None = None
@@ -367,9 +363,6 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
             levels = raised
         if self.config.solver == "consistency":
             targets = torch.zeros_like(targets)
-            if len(levels) > 1 and levels[-1] < 0.999 * self.config.consistency_sigma_max:
-                # Euler's method leaves the part of the noise that is not fresh.
-                targets[-2] = (1 - self.config.consistency_eta**2) ** 0.5 * levels[-1]
         # For `timesteps[i]`, the model is evaluated at the level `sigmas[i]`, and the step ends at the level
         # `_targets[i]`.
         self.sigmas = torch.cat([levels, torch.tensor([final_sigma])])

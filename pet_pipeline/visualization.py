@@ -151,7 +151,7 @@ def denoising_strip(
 def compared_steps(pipeline: PetDiffusionPipeline) -> tuple[int, ...]:
     """Returns the numbers of steps that are worth a comparison, from few to more than enough."""
     if pipeline.is_tuned:
-        return (1, 2, 3, 4)
+        return tuple(range(1, len(pipeline.scheduler.config.consistency_sigmas) + 2))
     return (5, 10, 20, 40)
 
 

@@ -98,6 +98,8 @@ def settings_inputs(handlers: Handlers, settings: SampleSettings) -> list[gr.com
         common: dict[str, Any] = {"label": option.label, "info": option.help, "visible": is_possible}
         if option.slider is not None:
             low, high, step = option.slider
+            if handlers.pipeline.is_tuned and name == "steps":
+                high = compared_steps(handlers.pipeline)[-1]
             components.append(gr.Slider(low, high, value, step=step, **common))
         else:
             choices = [option.none_label] if option.none_label else []

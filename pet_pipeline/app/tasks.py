@@ -321,7 +321,8 @@ def example_images(
     if reference is None:
         number = max(1, NUM_EXAMPLES // len(names))
         # A few steps are enough here, and the page waits for them.
-        drawn = sample(pipeline, names[:NUM_EXAMPLES], number, 0, SampleSettings(steps=8)).rows
+        settings = SampleSettings(steps=None if pipeline.is_tuned else 8)
+        drawn = sample(pipeline, names[:NUM_EXAMPLES], number, 0, settings).rows
         return [(image, f"drawn as {name}") for name, row in drawn.items() for image in row]
     from ..evaluation.reference import balanced_subset
 

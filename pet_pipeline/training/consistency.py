@@ -18,7 +18,7 @@ from ..scheduling_adaptive_edm import AdaptiveEDMScheduler
 
 
 NUM_STEPS = 13  # of the teacher
-NUM_HIGH = 10  # the first levels of a trajectory, to σ = 0.17; the student is not called at lower ones
+NUM_HIGH = 10  # the first levels of a trajectory, to about σ = 0.17; the student is called at few lower ones
 NUM_LEVELS = 8  # so many of these are learned at once: the first, and others at random
 JITTER = 0.3  # levels move towards a neighbour by up to this fraction of the way, in ln σ
 NUM_DISTANCE_IMAGES = 64

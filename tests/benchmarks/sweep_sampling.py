@@ -70,10 +70,7 @@ SWEEPS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     # For a model that was tuned to few steps. The last levels are those of 4 steps before 2026-11-30.
     "few": [
         *((NONE | {"num_inference_steps": steps}, {}) for steps in (4, 3, 2, 1)),
-        *(
-            (NONE | {"num_inference_steps": steps}, {"consistency_eta": eta})
-            for steps, eta in ((4, 1.0), (4, 0.0), (3, 1.0))
-        ),
+        (NONE | {"sigmas": [80.0, 0.8, 0.335, 0.14]}, {}),
         (NONE | {"sigmas": [80.0, 23.5, 5.3, 0.8]}, {}),
     ],
     "pag": [({"guidance_scale": 2.5, "pag_scale": pag_scale}, {}) for pag_scale in (0.0, 0.5, 1.0)],
