@@ -289,7 +289,8 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
                 with those of its levels that are lower.
 
         Raises:
-            ValueError: if neither of the two is given, or the one that is given cannot be used.
+            ValueError: if neither of the two is given, or the one that is given cannot be used; or if the
+                solver `"consistency"` has fewer levels than steps.
         """
         if sigmas is not None:
             sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").flatten()
@@ -316,10 +317,10 @@ class AdaptiveEDMScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(
                     f"`num_inference_steps` must be a positive integer, but is {num_inference_steps!r}."
                 )
-            if self.config.solver != "consistency":
-                sigmas = self._ramp(torch.linspace(0, 1, int(num_inference_steps), dtype=torch.float64))
-            else:
+            if self.config.solver == "consistency":
                 sigmas = self._consistency_grid(int(num_inference_steps), strength)
+            else:
+                sigmas = self._ramp(torch.linspace(0, 1, int(num_inference_steps), dtype=torch.float64))
             final_sigma = None
         self.num_inference_steps = len(sigmas)
         self._set_grid(sigmas, final_sigma, device)
