@@ -8,11 +8,13 @@ The settings take turns in one process, so that their ratios can be compared on 
 import argparse
 import time
 
+import torch
+
 from pet_pipeline import PetDiffusionPipeline
 from pet_pipeline.sampling import image_generators
 
 
-SETTINGS = [("bundled", 18), ("bundled", 4), ("bundled", 2), ("fast", 4), ("fast", 2), ("fast", 1)]
+SETTINGS = [("bundled", 18), ("bundled", 4), ("fast", 4), ("fast", 3), ("fast", 2), ("fast", 1)]
 
 
 def main() -> None:
@@ -20,23 +22,30 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="of the weights")
     args = parser.parse_args()
-    pipelines = {"bundled": PetDiffusionPipeline.from_pretrained()}
-    pipelines["fast"] = PetDiffusionPipeline.from_pretrained("fast")
-    seconds: dict[tuple[str, int], list[float]] = {setting: [] for setting in SETTINGS}
+    pipelines = {
+        (name, dtype): PetDiffusionPipeline.from_pretrained(
+            None if name == "bundled" else name, dtype=getattr(torch, dtype)
+        )
+        for name in ("bundled", "fast")
+        for dtype in args.dtype
+    }
+    seconds: dict[tuple[str, str, int], list[float]] = {}
     for pipeline in pipelines.values():
         pipeline.set_progress_bar_config(disable=True)
         pipeline(generator=image_generators(2), num_inference_steps=1)  # the first call is slower
     for _ in range(args.repeats):
-        for name, steps in SETTINGS:
-            began = time.perf_counter()
-            pipelines[name](
-                num_images_per_prompt=8, num_inference_steps=steps, generator=image_generators(16)
-            )
-            seconds[name, steps].append(time.perf_counter() - began)
-    print("| model | steps | seconds, lowest | highest |\n|---|---|---|---|")
-    for (name, steps), times in seconds.items():
-        print(f"| {name} | {steps} | {min(times):.2f} | {max(times):.2f} |")
+        for dtype in args.dtype:
+            for name, steps in SETTINGS:
+                began = time.perf_counter()
+                pipelines[name, dtype](
+                    num_images_per_prompt=8, num_inference_steps=steps, generator=image_generators(16)
+                )
+                seconds.setdefault((name, dtype, steps), []).append(time.perf_counter() - began)
+    print("| model | weights | steps | seconds, lowest | highest |\n|---|---|---|---|---|")
+    for (name, dtype, steps), times in seconds.items():
+        print(f"| {name} | {dtype} | {steps} | {min(times):.2f} | {max(times):.2f} |")
 
 
 if __name__ == "__main__":

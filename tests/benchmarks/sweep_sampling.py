@@ -143,14 +143,17 @@ def main() -> None:
     parser.add_argument("--torch_compile", action="store_true", help="compile the denoiser")
     parser.add_argument("--guide", help="folder of a model that takes the place of the guide")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
-    parser.add_argument("--autocast", action="store_true", help="evaluate the models in bfloat16")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="precision of the weights"
+    )
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only settings with all of these words")
     parser.add_argument("--out", type=Path, help="JSON file of the records, one a line")
     args = parser.parse_args()
 
-    pipeline = PetDiffusionPipeline.from_pretrained(args.model).to(args.device)
+    dtype = getattr(torch, args.dtype)
+    pipeline = PetDiffusionPipeline.from_pretrained(args.model, dtype=dtype).to(args.device)
     if args.guide is not None:
-        guide = PetTransformer2DModel.from_pretrained(args.guide).to(args.device)
+        guide = PetTransformer2DModel.from_pretrained(args.guide, dtype=dtype).to(args.device)
         pipeline = PetDiffusionPipeline.from_pipe(pipeline, guide=guide)
     pipeline.set_progress_bar_config(disable=True)
     if args.torch_compile:
@@ -179,8 +182,7 @@ def main() -> None:
             pipeline.scheduler.set_timesteps(settings["num_inference_steps"])
             grid = pipeline.scheduler.sigmas[:-1].tolist()
             call["guidance_schedule"] = original_schedule(grid, settings["guidance_scale"])
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.autocast):
-            generated = generate_images(pipeline, args.num_images, args.batch_size, args.seed, **call)
+        generated = generate_images(pipeline, args.num_images, args.batch_size, args.seed, **call)
         features = image_features(generated.images, extractor, cache=True)
         measures = measure_images(
             generated.images, generated.labels, reference, extractor, classifier, cache=True
