@@ -33,7 +33,7 @@ SWEEPS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         *(
             ({"guidance_scale": scale, "guidance_schedule": schedule}, {})
             for schedule, scales in (
-                ("adaptive", (1.5, 2.0, 2.5, 3.0, 4.0)),
+                ("adaptive", (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)),
                 ("interval", (1.5, 2.5, 4.0)),
                 ("constant", (1.5, 2.5, 4.0)),
             )
