@@ -281,7 +281,13 @@ def test_what_tuning_cannot_do_is_one_error(finished_run, image_folder, tmp_path
 def test_a_teacher_with_churn_augmentation_and_a_low_sigma_max_on_few_images(image_folder, tmp_path):
     teacher = PetDiffusionPipeline(
         random_model(0, augment_dim=6),
-        AdaptiveEDMScheduler(solver="heun", s_churn=10.0, final_sigmas_type="sigma_min", sigma_max=8.0),
+        AdaptiveEDMScheduler(
+            solver="heun",
+            s_churn=10.0,
+            final_sigmas_type="sigma_min",
+            sigma_max=8.0,
+            consistency_sigmas=[0.7, 0.2, 10.0],
+        ),
         id2label={0: "cat", 1: "dog"},
     )
     teacher.save_pretrained(tmp_path / "teacher")
@@ -289,7 +295,7 @@ def test_a_teacher_with_churn_augmentation_and_a_low_sigma_max_on_few_images(ima
     train(image_folder, tmp_path / "out", **options)  # a batch is all 36 images, and 32 of its trajectories
     config = PetDiffusionPipeline.from_pretrained(tmp_path / "out").scheduler.config
     assert (config.solver, config.s_churn, config.final_sigmas_type) == ("consistency", 0.0, "zero")
-    assert tuple(config.consistency_sigmas) == (0.8, 0.14)
+    assert tuple(config.consistency_sigmas) == (0.7, 0.2)
 
 
 def test_low_rank_updates(finished_run, image_folder, tmp_path):

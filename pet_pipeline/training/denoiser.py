@@ -48,9 +48,9 @@ def create_denoiser(
             transformer = copy.deepcopy(transformer)
             # A teacher may be saved with churn or without a last step to σ = 0, which this solver refuses.
             draw |= {"solver": "consistency", "s_churn": 0.0, "final_sigmas_type": "zero"}
-            sigma_max = pretrained.scheduler.config.sigma_max
-            levels = AdaptiveEDMScheduler().config.consistency_sigmas
-            draw["consistency_sigmas"] = [level for level in levels if level < sigma_max]
+            teacher = AdaptiveEDMScheduler.from_config(pretrained.scheduler.config).config
+            levels = [level for level in teacher.consistency_sigmas if level < teacher.sigma_max]
+            draw["consistency_sigmas"] = levels
         elif pretrained.is_tuned:
             draw["solver"] = "multistep"
         if args.lora_rank is not None:
