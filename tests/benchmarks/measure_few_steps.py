@@ -15,6 +15,7 @@ from pet_pipeline.sampling import image_generators
 
 
 SETTINGS = [("bundled", 18), ("bundled", 4), ("fast", 4), ("fast", 3), ("fast", 2), ("fast", 1)]
+DTYPES = ("float32", "bfloat16")  # of the weights
 
 
 def main() -> None:
@@ -22,21 +23,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="of the weights")
     args = parser.parse_args()
     pipelines = {
         (name, dtype): PetDiffusionPipeline.from_pretrained(
             None if name == "bundled" else name, dtype=getattr(torch, dtype)
         )
         for name in ("bundled", "fast")
-        for dtype in args.dtype
+        for dtype in DTYPES
     }
     seconds: dict[tuple[str, str, int], list[float]] = {}
     for pipeline in pipelines.values():
         pipeline.set_progress_bar_config(disable=True)
         pipeline(generator=image_generators(2), num_inference_steps=1)  # the first call is slower
     for _ in range(args.repeats):
-        for dtype in args.dtype:
+        for dtype in DTYPES:
             for name, steps in SETTINGS:
                 began = time.perf_counter()
                 pipelines[name, dtype](
